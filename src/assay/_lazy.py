@@ -1,0 +1,32 @@
+"""Public names of a family, imported when first asked for; the cards say where they live."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from assay import catalogue
+
+
+def exports(
+    package: str, family: str, *, submodule: str = "", shared: Mapping[str, str] | None = None
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """``__getattr__``, ``__dir__`` and ``__all__`` of a family's package.
+
+    ``shared`` maps names that belong to no single method to the module that defines them.
+    """
+    shared = dict(shared or {})
+
+    def names() -> list[str]:
+        return sorted({name for name, _ in catalogue.public_names(family, submodule)} | shared.keys())
+
+    def getattr_(name: str) -> Any:
+        if name in shared:
+            return getattr(importlib.import_module(shared[name]), name)
+        for public, card in catalogue.public_names(family, submodule):
+            if public == name:
+                return card.load(name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return getattr_, names, names()

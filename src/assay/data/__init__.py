@@ -1,0 +1,7 @@
+"""Ways to choose or change the data: you hold a dataset."""
+
+from assay._lazy import exports
+
+__getattr__, __dir__, __all__ = exports(  # type: ignore[assignment]
+    __name__, "data", shared={"IndexedDataset": "assay.data._indexed"}
+)

@@ -1,0 +1,5 @@
+"""The layers of :mod:`assay.nn` as functions."""
+
+from assay._lazy import exports
+
+__getattr__, __dir__, __all__ = exports(__name__, "nn", submodule="functional")  # type: ignore[assignment]

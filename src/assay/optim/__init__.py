@@ -1,0 +1,5 @@
+"""Ways to change the update: you hold parameters and gradients."""
+
+from assay._lazy import exports
+
+__getattr__, __dir__, __all__ = exports(__name__, "optim")  # type: ignore[assignment]
