@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from assay.catalogue import Card, UnknownMethod, cards, find, search
 
 if TYPE_CHECKING:
-    from assay import bench, data, losses, nn, optim
     from assay.bench import Comparison, Task, compare
 
 __version__ = "0.1.0"

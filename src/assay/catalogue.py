@@ -87,9 +87,10 @@ class Card:
 
 def read_card(path: Path) -> Card:
     """Parse one ``card.md``; raises :class:`CardError` for anything missing, unknown or of the wrong kind."""
-    head, front, body = (path.read_text(encoding="utf-8").split("+++\n", 2) + ["", ""])[:3]
-    if head.strip() or not body:
+    parts = path.read_text(encoding="utf-8").split("+++\n", 2)
+    if len(parts) != 3 or parts[0].strip():
         raise CardError(f"{path}: a card starts with TOML front matter between two lines '+++'")
+    _, front, body = parts
     try:
         said = tomllib.loads(front)
     except tomllib.TOMLDecodeError as error:

@@ -6,16 +6,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from assay.bench.compare import Comparison, compare
+    from assay.bench.comparison import Comparison
     from assay.bench.evidence import Bench, Check, Evidence, Rows, at_least, at_most
-    from assay.bench.fit import Fit, fit
+    from assay.bench.loop import Fit, fit
+    from assay.bench.protocol import compare
     from assay.bench.recipe import Batch, Budget, Recipe, Run
     from assay.bench.tasks import Task
 
 _HOME = {
-    "compare": ("Comparison", "compare"),
+    "comparison": ("Comparison",),
+    "loop": ("Fit", "fit"),
+    "protocol": ("compare",),
     "evidence": ("Bench", "Check", "Evidence", "Rows", "at_least", "at_most"),
-    "fit": ("Fit", "fit"),
     "recipe": ("Batch", "Budget", "Recipe", "Run"),
     "tasks": ("Task",),
 }

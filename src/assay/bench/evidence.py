@@ -132,9 +132,7 @@ class Bench:
         """A number of steps or epochs: a tenth of it in a quick run, never below ``least``."""
         return max(least, count // 10) if self.quick else count
 
-    def rows(
-        self, run: Callable[[str, int], dict[str, Any]], variants: Iterable[str], seeds: Sequence[int]
-    ) -> Rows:
+    def rows(self, run: Callable[[str, int], dict[str, Any]], variants: Iterable[str], seeds: Sequence[int]) -> Rows:
         """``run(variant, seed)`` for every pair, on one thread each, in ``jobs`` processes; its metrics as rows."""
         import joblib
 

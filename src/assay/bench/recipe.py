@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
-    from assay.bench.fit import Fit
+    from assay.bench.loop import Fit
     from assay.bench.tasks import Task
 
     type_dataset = Dataset[Any]
@@ -46,7 +46,8 @@ class Budget:
         return replace(self, steps=max(1, round(self.steps * fraction)), evaluations=evaluations)
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Batch:
     """Examples with their positions in the training set and the epoch (from 0) in which they are visited."""
 
     index: Tensor
@@ -120,7 +121,7 @@ class Run:
         before_update: Callable[[Run], None] | None = None,
     ) -> Fit:
         """A preparatory training run on ``fraction`` of this run's budget; its cost counts as this run's."""
-        from assay.bench.fit import fit
+        from assay.bench.loop import fit
 
         budget = self.budget.scaled(fraction, evaluations=0)
         seed = self.seed if seed is None else seed
