@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 
@@ -64,7 +65,8 @@ def per_sample_grads(
         return loss_fn(torch.func.functional_call(model, params, (one[0],)), one[1])
 
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different", chunk_size=chunk_size)
-    with _evaluating(model):
+    # Only this kernel of attention is vectorized over examples; the others run one by one.
+    with _evaluating(model), sdpa_kernel(SDPBackend.MATH):
         return each(params, inputs, targets)
 
 

@@ -1,0 +1,196 @@
+"""The engine of update rules: a method writes its formula once, this runs it on all parameters, and fast.
+
+A rule is a function ``rule(p, g, *state, lr, t, **options)`` of a few lines of tensor maths: it changes the parameter
+``p`` and its state slots in place and never writes the gradient ``g``. It has no loop over parameters, no ``.item()``
+and no branch on values; ``lr`` and ``t`` (the number of this step, from 1) may be numbers or 0-d tensors.
+
+How a rule is run follows from what it declares of a parameter (:meth:`RuleOptimizer.elementwise`):
+
+- an element-wise rule sees small tensors as one :class:`Many`, large ones in pieces that stay in the cache: the same
+  arithmetic in the same order, so bitwise equal to one tensor at a time (``foreach=False``);
+- any other rule sees each parameter whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from assay.optim._many import Many
+
+SMALL = 32_768
+"""Elements up to which tensors are run as a list: below it the cost of calling an operator counts most."""
+PIECE = 131_072
+"""Elements of a piece of a large tensor: parameter, gradient, two slots and a temporary stay in a 4 MiB cache."""
+COMPILER = "inductor"
+"""Backend of ``compile=True``."""
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """An optimizer made of a rule; a method subclasses it and states ``slots``, ``rule`` and its constructor.
+
+    ``slots`` names the rule's state tensors in its order; they start at zero, in the parameter's dtype and layout.
+    The rule's keyword arguments besides ``lr`` and ``t`` are the options that every parameter group holds.
+    """
+
+    slots: ClassVar[tuple[str, ...]]
+    rule: ClassVar[Callable[..., None]]
+
+    @staticmethod
+    def elementwise(p: Tensor) -> bool:
+        """Whether the rule acts on each element of this parameter by itself, so that it may be cut and packed."""
+        return True
+
+    @staticmethod
+    def check(options: Mapping[str, Any]) -> None:
+        """Raise ValueError for an option out of range; called for every parameter group."""
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        compile: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        if fused:
+            raise ValueError(f"fused = {fused!r} is out of range: {type(self).__name__} has no native kernel yet")
+        how = {"maximize": maximize, "foreach": foreach, "compile": compile, "fused": fused}
+        super().__init__(params, {**defaults, **how})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own; unknown options and values out of range are refused."""
+        if unknown := param_group.keys() - self.defaults.keys() - {"params", "param_names", "initial_lr"}:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(map(repr, sorted(unknown)))}")
+        self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def _check_group(self, options: Mapping[str, Any]) -> None:
+        lr = options["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"lr of shape {tuple(lr.shape)} is out of range: a number >= 0 or a tensor of one element")
+        at_least_zero(options, "lr")
+        self.check(options)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a state saved before an option existed gets its default
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        options = {name: group[name] for name in _option_names(type(self))}
+        small: dict[Any, list[tuple[Tensor, ...]]] = defaultdict(list)
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            t, tensors = self._tensors(p, maximize=group["maximize"])
+            if p.numel() == 0:
+                continue
+            if group["compile"]:
+                self._run_compiled(tensors, group["lr"], t, options)
+            elif group["foreach"] is False or not self.elementwise(p):
+                self.rule(*tensors, lr=group["lr"], t=t, **options)
+            elif p.numel() <= SMALL or group["foreach"]:
+                small[p.device, p.dtype, t].append(_local(tensors))
+            else:
+                for piece in _pieces(_local(tensors)):
+                    self.rule(*piece, lr=group["lr"], t=t, **options)
+        for (_, _, t), lists in small.items():
+            self.rule(*map(Many, zip(*lists, strict=True)), lr=group["lr"], t=t, **options)
+
+    def _tensors(self, p: Tensor, *, maximize: bool) -> tuple[int, tuple[Tensor, ...]]:
+        """The number of this step for ``p``, and what the rule takes: parameter, gradient, slots."""
+        name = type(self).__name__
+        g = p.grad
+        assert g is not None
+        if g.is_sparse:
+            raise RuntimeError(f"{name} does not support sparse gradients")
+        if p.is_complex():
+            raise RuntimeError(f"{name} does not support complex parameters: give it torch.view_as_real of them")
+        state = self.state[p]
+        if not state:
+            # A tensor, as torch's own optimizers keep it, so that checkpoints and shards treat it alike.
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for slot in self.slots:
+                state[slot] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        state["step"] += 1
+        return int(state["step"]), (p, -g if maximize else g, *(state[slot] for slot in self.slots))
+
+    def _run_compiled(self, tensors: tuple[Tensor, ...], lr: Any, t: Any, options: dict[str, Any]) -> None:
+        """One graph for a kind of tensor: ``lr`` and ``t`` go in as tensors, so that no new value compiles anew."""
+        p = tensors[0]
+        if self.elementwise(p) and all(x.is_contiguous() for x in _local(tensors)):
+            tensors = tuple(x.view(-1) for x in _local(tensors))
+        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        lr, t = (torch.as_tensor(value, dtype=dtype, device=p.device) for value in (lr, t))
+        _compiled(type(self).rule)(*tensors, lr=lr, t=t, **options)
+
+
+@functools.cache
+def _option_names(optimizer: type[RuleOptimizer]) -> tuple[str, ...]:
+    parameters = inspect.signature(optimizer.rule).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("lr", "t"))
+
+
+@functools.cache
+def _compiled(rule: Callable[..., None]) -> Callable[..., None]:
+    # The sizes are symbols: one graph serves all parameters of a dimension.
+    return torch.compile(rule, fullgraph=True, dynamic=True, backend=COMPILER)
+
+
+def _local(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """This process's part of sharded tensors; what is element-wise needs no more."""
+    # Asked by name: importing DTensor costs a second that most users need not spend.
+    return tuple(x.to_local() if hasattr(x, "to_local") else x for x in tensors)
+
+
+def _pieces(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+    """Equal pieces of tensors with one layout, as views; tensors of different layouts stay whole."""
+    dense = [flat for x in tensors if (flat := _dense(x)) is not None]
+    if len(dense) < len(tensors) or len({x.stride() for x in tensors}) > 1:
+        return iter([tensors])
+    return zip(*(flat.split(PIECE) for flat in dense), strict=True)
+
+
+def _dense(x: Tensor) -> Tensor | None:
+    """The elements of a tensor without gaps, in memory order, as a flat view; None if it has gaps."""
+    if x.is_contiguous():
+        return x.view(-1)
+    order = sorted(range(x.dim()), key=lambda d: (-x.stride(d), -x.size(d)))
+    sorted_ = x.permute(order)
+    return sorted_.view(-1) if sorted_.is_contiguous() else None
+
+
+def at_least_zero(options: Mapping[str, Any], *names: str) -> None:
+    """Refuse a named option below zero (or not a number)."""
+    for name in names:
+        if not options[name] >= 0:
+            raise ValueError(f"{name} = {options[name]!r} is out of range: a number >= 0")
+
+
+def below_one(options: Mapping[str, Any], *names: str) -> None:
+    """Refuse a named option outside [0, 1), or a tuple with such an entry."""
+    for name in names:
+        values = options[name] if isinstance(options[name], (tuple, list)) else (options[name],)
+        if not all(0 <= value < 1 for value in values):
+            raise ValueError(f"{name} = {options[name]!r} is out of range: [0, 1)")

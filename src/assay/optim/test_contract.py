@@ -1,0 +1,122 @@
+"""The family's contract over every optimizer that a card makes public, and the engine against torch's own."""
+
+import functools
+import importlib
+import inspect
+
+import pytest
+import torch
+
+from assay import catalogue
+from assay.optim import _rule
+from assay.optim._contract import CHECKS, EXACT, gradients, parameters, walk
+from assay.optim._many import Many
+from assay.optim._rule import RuleOptimizer
+
+
+def optimizers():
+    for name, card in catalogue.public_names("optim"):
+        found = card.load(name)
+        if inspect.isclass(found) and issubclass(found, torch.optim.Optimizer):
+            test = importlib.import_module(f"{card.module.rpartition('.')[0]}.test_{card.folder.name}")
+            example = getattr(test, "EXAMPLE", {}).get(name, {})
+            yield pytest.param(functools.partial(found, **example) if example else found, id=name)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("make", list(optimizers()))
+def test_optimizer(make, check, monkeypatch):
+    check(make, monkeypatch) if "monkeypatch" in inspect.signature(check).parameters else check(make)
+
+
+class Adam(RuleOptimizer):
+    """Plain AdamW as a rule: the engine's own yardstick."""
+
+    slots = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, **how):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, **how)
+
+    @staticmethod
+    def rule(p, g, m, v, *, lr, t, betas, eps, weight_decay):
+        m.lerp_(g, 1 - betas[0])
+        v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+        p.mul_(1 - lr * weight_decay)
+        p.sub_(v.sqrt().div_((1 - betas[1] ** t) ** 0.5).add_(eps).reciprocal_().mul_(m).mul_(lr / (1 - betas[0] ** t)))
+
+
+def test_adam_as_a_rule_is_torchs_adamw():
+    mine, torchs = walk(Adam, parameters(), steps=20), walk(torch.optim.AdamW, parameters(), steps=20)
+    for p, q in zip(mine, torchs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("check", CHECKS[:3], ids=lambda check: check.__name__)
+def test_engine_runs_it_alike_on_every_path(check, monkeypatch):
+    check(Adam, monkeypatch) if "monkeypatch" in inspect.signature(check).parameters else check(Adam)
+
+
+def test_mixed_dtypes_in_a_group_decay_once():
+    params = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    optimizer = Adam(params, lr=0.1, weight_decay=0.5)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert [p[0].item() for p in params] == pytest.approx([0.95, 0.95])
+
+
+def test_parameters_count_their_own_steps():
+    params = parameters()
+    late = params[0]
+    optimizer = Adam(params)
+    for step in gradients(params, 3):
+        if step < 2:
+            late.grad = None
+        optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in params] == [1] + [3] * (len(params) - 1)
+    alone = parameters()[:1]
+    single = Adam(alone)
+    alone[0].grad = late.grad.clone()
+    single.step()
+    torch.testing.assert_close(alone[0], late, **EXACT)
+
+
+def test_large_tensors_are_cut_and_small_ones_listed():
+    seen = []
+
+    class Spy(Adam):
+        @staticmethod
+        def rule(p, *rest, **options):
+            seen.append(len(p.tensors) if isinstance(p, Many) else p.numel())
+
+    params = [torch.nn.Parameter(torch.ones(n)) for n in (3, 4, _rule.PIECE * 2 + 1)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    Spy(params).step()
+    assert seen == [_rule.PIECE, _rule.PIECE, 1, 2]
+
+
+def test_options_added_after_a_checkpoint_get_their_default():
+    params = parameters()
+    optimizer = Adam(params)
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["foreach"]
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["foreach"] is None
+
+
+def test_a_native_kernel_is_not_promised():
+    with pytest.raises(ValueError, match="fused = True is out of range"):
+        Adam(parameters(), fused=True)
+
+
+def test_complex_parameters_are_refused():
+    p = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="complex"):
+        Adam([p]).step()
+
+
+def test_many_says_which_operator_is_missing():
+    with pytest.raises(AttributeError, match="cholesky: no list operator"):
+        Many([torch.ones(1)]).cholesky()
