@@ -181,6 +181,17 @@ def _dense(x: Tensor) -> Tensor | None:
     return sorted_.view(-1) if sorted_.is_contiguous() else None
 
 
+def row_blocks(x: Tensor, *, like: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Views of consecutive rows of a matrix, :data:`PIECE` elements each, for rules that need sums over rows.
+
+    ``like`` is the matrix whose rows count where ``x`` has a number per row. What is compiled or sharded stays whole.
+    """
+    whole = x if like is None else like
+    if torch.compiler.is_compiling() or hasattr(whole, "to_local"):
+        return (x,)
+    return x.split(max(1, PIECE * whole.shape[0] // whole.numel()))
+
+
 def at_least_zero(options: Mapping[str, Any], *names: str) -> None:
     """Refuse a named option below zero (or not a number)."""
     for name in names:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from assay.optim._rule import RuleOptimizer, at_least_zero, below_one
+from assay.optim._rule import RuleOptimizer, at_least_zero, below_one, row_blocks
 
 
 def project_radial(
@@ -43,26 +43,56 @@ def project_radial(
     >>> project_radial(w, g, torch.tensor([[3.0, 4.0]]), delta=0.1, wd_ratio=0.1, eps=1e-8)
     (tensor([[0., 4.]]), tensor(0.1000))
     """
-    w, g, u = (_rows(x) for x in (param, grad, update))
-    wg, ww, gg, wu = (torch.linalg.vecdot(a, b) for a, b in ((w, g), (w, w), (g, g), (w, u)))
-    rows, row_size = param.shape[0], math.prod(param.shape[1:])
+    part, decay = _radial(_sums(param, grad, update), param.shape, delta, wd_ratio, eps)
+    return torch.addcmul(update, part.to(update.dtype), param, value=-1), decay
+
+
+def _sums(w: Tensor, g: Tensor, u: Tensor) -> Tensor:
+    """<w_i, g_i>, <w_i, w_i>, <g_i, g_i> and <w_i, u_i> for every row i, shape (4, rows)."""
+    # In float32 at least: sums of half-precision products would lose the cosine.
+    w, g, u = (x.flatten(1).to(torch.promote_types(x.dtype, torch.float32)) for x in (w, g, u))
+    return torch.stack([torch.linalg.vecdot(a, b) for a, b in ((w, g), (w, w), (g, g), (w, u))])
+
+
+def _radial(sums: Tensor, shape: torch.Size, delta: float, wd_ratio: float, eps: float) -> tuple[Tensor, Tensor]:
+    """What to subtract from the update, in units of the weight, shape (rows, 1, ...), and the decay scale."""
 
     def view(wg: Tensor, ww: Tensor, gg: Tensor, wu: Tensor, size: int) -> tuple[Tensor, Tensor]:
         norm = ww.sqrt()
         cosine = wg.abs() / (norm.clamp(min=eps) * gg.sqrt().clamp(min=eps))
-        return cosine.max() < delta / math.sqrt(max(1, size)), wu / (norm + eps).square()
+        return cosine.max() < delta / math.sqrt(size), wu / (norm + eps).square()
 
-    by_row, row_part = view(wg, ww, gg, wu, row_size)
-    by_layer, layer_part = view(wg.sum(), ww.sum(), gg.sum(), wu.sum(), rows * row_size)
+    row_size = math.prod(shape[1:])
+    by_row, row_part = view(*sums.unbind(), row_size)
+    by_layer, layer_part = view(*sums.sum(1).unbind(), shape[0] * row_size)
     part = torch.where(by_row, row_part, torch.where(by_layer, layer_part, 0.0))
-    part = part.to(update.dtype).view(rows, *[1] * (update.dim() - 1))
-    decay = torch.where(by_row | by_layer, ww.new_full((), wd_ratio), 1.0)
-    return torch.addcmul(update, part, param, value=-1), decay
+    decay = torch.where(by_row | by_layer, sums.new_full((), wd_ratio), 1.0)
+    return part.view(-1, *[1] * (len(shape) - 1)), decay
 
 
-def _rows(x: Tensor) -> Tensor:
-    """One row per first index, in float32 at least: sums of half-precision products would lose the cosine."""
-    return x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+def _descend(
+    p: Any, g: Any, slots: tuple[Any, ...], direction: Callable[..., Any], *, rate: Any, decay_rate: Any, delta: float,
+    wd_ratio: float, eps: float,
+) -> None:  # fmt: skip
+    """``p <- (1 - decay_rate * s) * p - rate * u`` with ``u = direction(g, *slots)``, projected if p is a matrix.
+
+    It is ``project_radial`` in place, block of rows by block of rows, so that what one operator has read is still in
+    the cache when the next one wants it.
+    """
+    if p.ndim <= 1:
+        p.mul_(1 - decay_rate).sub_(direction(g, *slots).mul_(rate))
+        return
+    blocks = list(zip(*(row_blocks(x) for x in (p, g, *slots)), strict=True))
+    updates, sums = [], []
+    for w, g_, *slots_ in blocks:
+        updates.append(direction(g_, *slots_))
+        sums.append(_sums(w, g_, updates[-1]))
+    part, scale = _radial(torch.cat(sums, 1) if len(sums) > 1 else sums[0], p.shape, delta, wd_ratio, eps)
+    keep = 1 - decay_rate * scale
+    parts = row_blocks(part.to(p.dtype), like=p)
+    for (w, *_), u, part_ in zip(blocks, updates, parts, strict=True):
+        u.addcmul_(part_, w, value=-1)
+        w.mul_(keep).sub_(u.mul_(rate))
 
 
 class AdamP(RuleOptimizer):
@@ -143,15 +173,15 @@ class AdamP(RuleOptimizer):
         delta: float, wd_ratio: float, nesterov: bool,
     ) -> None:  # fmt: skip
         beta1, beta2 = betas
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        denominator = v.sqrt().div_((1 - beta2**t) ** 0.5).add_(eps)
-        update, decay = (m.lerp(g, 1 - beta1) if nesterov else m).div(denominator), 1.0
-        if p.ndim > 1:
-            update, decay = project_radial(p, g, update, delta, wd_ratio, eps)
-        if weight_decay:
-            p.mul_(1 - lr * weight_decay * decay)
-        p.sub_(update.mul_(lr / (1 - beta1**t)))
+
+        def direction(g: Any, m: Any, v: Any) -> Any:
+            m.lerp_(g, 1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            denominator = v.sqrt().div_((1 - beta2**t) ** 0.5).add_(eps)
+            return (m.lerp(g, 1 - beta1) if nesterov else m).div(denominator)
+
+        rates = {"rate": lr / (1 - beta1**t), "decay_rate": lr * weight_decay}
+        _descend(p, g, (m, v), direction, **rates, delta=delta, wd_ratio=wd_ratio, eps=eps)
 
 
 class SGDP(RuleOptimizer):
@@ -233,13 +263,12 @@ class SGDP(RuleOptimizer):
         p: Any, g: Any, b: Any, *, lr: Any, t: Any, momentum: float, dampening: float, weight_decay: float,
         nesterov: bool, eps: float, delta: float, wd_ratio: float,
     ) -> None:  # fmt: skip
-        b.mul_(momentum).add_(g, alpha=1 - dampening)
-        update, decay = b.mul(momentum).add_(g) if nesterov else b.clone(), 1.0
-        if p.ndim > 1:
-            update, decay = project_radial(p, g, update, delta, wd_ratio, eps)
-        if weight_decay:
-            p.mul_(1 - lr * weight_decay / (1 - momentum) * decay)
-        p.sub_(update.mul_(lr))
+        def direction(g: Any, b: Any) -> Any:
+            b.mul_(momentum).add_(g, alpha=1 - dampening)
+            return b.mul(momentum).add_(g) if nesterov else b.clone()
+
+        rates = {"rate": lr, "decay_rate": lr * weight_decay / (1 - momentum)}
+        _descend(p, g, (b,), direction, **rates, delta=delta, wd_ratio=wd_ratio, eps=eps)
 
 
 def _check_ratio(options: Mapping[str, Any]) -> None:

@@ -1,0 +1,186 @@
+"""Speed and memory of an optimizer's step, as ratios in one run.
+
+    python benchmarks/optim.py [--markdown FILE] [--pairs 9] [--only NAME ...] [--compile]
+
+About 25 million float32 parameters in 124 tensors, as in a small transformer. One thread, processor time, all
+candidates taken in turn in every round, minimum and median over the rounds, each divided by torch's foreach AdamW.
+The bound is the bytes that a step must move over the best bandwidth measured in the same run. Peers are measured if
+they are installed (``pip install 'assay-ml[peers]'``). State how memory was allocated: glibc gives large blocks back
+to the system after each use and pays for them again (``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1`` keeps them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from assay.bench.loop import state_bytes
+from assay.bench.records import environment
+from assay.optim import SGDP, AdamP
+from assay.optim._rule import RuleOptimizer
+
+Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+RATE = 1e-12
+"""So small that gradients made orthogonal to their weights stay so: the projection fires in every step."""
+
+
+class Adam(RuleOptimizer):
+    """Plain AdamW as a rule: what the engine itself costs."""
+
+    slots = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 1e-2, **how: Any) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}, **how)
+
+    @staticmethod
+    def rule(p: Any, g: Any, m: Any, v: Any, *, lr: Any, t: Any, betas: Any, eps: float, weight_decay: float) -> None:
+        m.lerp_(g, 1 - betas[0])
+        v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+        p.mul_(1 - lr * weight_decay)
+        p.sub_(m.div(v.sqrt().div_((1 - betas[1] ** t) ** 0.5).add_(eps)).mul_(lr / (1 - betas[0] ** t)))
+
+
+def shapes() -> list[tuple[int, ...]]:
+    """A transformer of width 384 with ten layers and 18,000 words: 124 tensors."""
+    width = 384
+    block = [(width,)] * 4 + [(3 * width, width), (3 * width,), (width, width), (width,)]
+    block += [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    return [(18_000, width), (512, width), (width,), (width,), *block * 10]
+
+
+def parameters(*, invariant: bool = False) -> list[nn.Parameter]:
+    """Parameters with gradients; ``invariant`` makes each gradient orthogonal to its weight, row by row."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape, generator=generator) * 0.02) for shape in shapes()]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+        if invariant and p.dim() > 1:
+            w = p.detach()
+            p.grad -= w * ((w * p.grad).sum(1) / (w * w).sum(1))[:, None]
+    return params
+
+
+def candidates() -> Iterator[tuple[str, Make, bool, int]]:
+    """(name, how it is made, whether the projection fires, bytes that a step must move per parameter)."""
+    adamw = functools.partial(torch.optim.AdamW, lr=RATE, weight_decay=1e-2)
+    yield "torch AdamW foreach", functools.partial(adamw, foreach=True), False, 28
+    yield "torch AdamW fused", functools.partial(adamw, fused=True), False, 28
+    yield "torch AdamW for-loop", functools.partial(adamw, foreach=False), False, 28
+    yield "assay Adam as a rule", Adam, False, 28
+    options = {"lr": RATE, "weight_decay": 1e-2}
+    yield "assay AdamP", functools.partial(AdamP, **options), False, 36
+    yield "assay AdamP, projecting", functools.partial(AdamP, **options), True, 36
+    sgdp = functools.partial(SGDP, lr=RATE, momentum=0.9, nesterov=True)
+    yield (
+        "torch SGD foreach",
+        functools.partial(torch.optim.SGD, lr=RATE, momentum=0.9, nesterov=True, foreach=True),
+        False,
+        20,
+    )
+    yield "assay SGDP", sgdp, False, 28
+    for module, name in (("torch_optimizer", "AdamP"), ("pytorch_optimizer", "AdamP"), ("timm.optim", "AdamP")):
+        try:
+            peer = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            continue
+        yield f"{module.partition('.')[0]} {name}", functools.partial(peer, **options), False, 36
+        yield f"{module.partition('.')[0]} {name}, projecting", functools.partial(peer, **options), True, 36
+
+
+def transient_bytes(step: Callable[[], Any]) -> int:
+    """The most that one call has allocated at a time, from the allocator's own events."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def bandwidth() -> float:
+    """Bytes a second of an operation in place on 100 MB, the best of several."""
+    x = torch.ones(25_000_000)
+    best = math.inf
+    for _ in range(7):
+        start = time.process_time()
+        x.mul_(1.0)
+        best = min(best, time.process_time() - start)
+    return 2 * x.numel() * 4 / best
+
+
+def measure(pairs: int, only: list[str], compile: bool) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    rows = []
+    for name, make, invariant, moved in candidates():
+        if only and not any(word in name for word in only) and name != "torch AdamW foreach":
+            continue
+        for compiled in (False, True) if compile and name.startswith("assay") else (False,):
+            params = parameters(invariant=invariant)
+            optimizer = make(params)
+            for group in optimizer.param_groups:
+                group["compile"] = compiled
+            start = time.process_time()
+            optimizer.step()
+            row = {"name": name + (", compiled" if compiled else ""), "optimizer": optimizer, "moved": moved}
+            rows.append({**row, "first": time.process_time() - start, "times": [], "params": params})
+    for row in rows:
+        row["transient"] = transient_bytes(row["optimizer"].step)
+    for _ in range(pairs):
+        for row in rows:
+            start = time.process_time()
+            row["optimizer"].step()
+            row["times"].append(time.process_time() - start)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    count = sum(p.numel() for p in rows[0]["params"])
+    base, speed = rows[0]["times"], bandwidth()
+    lines = [
+        f"{count / 1e6:.2f} million float32 parameters in {len(rows[0]['params'])} tensors; one thread; "
+        f"{len(base)} rounds; malloc: {'reuse' if os.environ.get('MALLOC_MMAP_MAX_') == '0' else 'default'}; "
+        f"best bandwidth in place {speed / 1e9:.0f} GB/s; {environment()['machine']['processor']}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}.",
+        "",
+        "| optimizer | min | median | bound | state, B/param | transient, B/param | first step, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        bound = row["moved"] * count / speed / min(base)
+        lines.append(
+            f"| {row['name']} | {min(row['times']) / min(base):.2f} | "
+            f"{statistics.median(row['times']) / statistics.median(base):.2f} | {bound:.2f} | "
+            f"{state_bytes(row['optimizer']) / count:.2f} | {row['transient'] / count:.2f} | {row['first']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    parser.add_argument("--pairs", type=int, default=9, help="rounds, at least 7 for figures to quote")
+    parser.add_argument("--only", nargs="*", default=[], help="names or parts of names")
+    parser.add_argument("--compile", action="store_true", help="also run ours with compile=True")
+    said = parser.parse_args()
+    text = table(measure(said.pairs, said.only, said.compile))
+    print(text)
+    if said.markdown:
+        said.markdown.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Rules on sharded and replicated parameters: two processes on this machine give what one would."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from assay.optim import SGDP, AdamP
+
+OPTIONS = {
+    "adamp": (AdamP, {"lr": 0.01, "weight_decay": 0.1}),
+    "adamp, always": (AdamP, {"lr": 0.01, "weight_decay": 0.1, "delta": 100.0}),
+    "sgdp": (SGDP, {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1}),
+}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    # 7 rows do not divide by 2: one process holds more than the other.
+    return nn.Sequential(nn.Linear(6, 7, bias=False), nn.LayerNorm(7), nn.ReLU(), nn.Linear(7, 4)).double()
+
+
+def train(model: nn.Module, make, options, inputs: torch.Tensor, steps: int = 5) -> nn.Module:
+    optimizer = make(model.parameters(), **options)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+def whole_batch() -> torch.Tensor:
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def worker(rank: int, port: int, kind: str, name: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        make, options = OPTIONS[name]
+        expected = train(network(), make, options, whole_batch()).state_dict()
+        part = whole_batch().chunk(2)[rank]
+        if kind == "ddp":
+            model = train(nn.parallel.DistributedDataParallel(network()), make, options, part).module
+            found = model.state_dict()
+        else:
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+            model = train(fully_shard(network(), mesh=mesh), make, options, part)
+            found = {key: value.full_tensor() for key, value in model.state_dict().items()}
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-11)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("kind", ["fsdp2", "ddp"])
+def test_two_processes_are_one(kind, name):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(worker, (port, kind, name), nprocs=2)
