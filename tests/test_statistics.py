@@ -70,6 +70,11 @@ def test_where_the_baseline_failed_nothing_is_said():
     assert (result.n, verdicts([result])) == (0, ["cannot tell"])
 
 
+def test_two_seeds_that_agree_to_the_digit_are_no_certainty_but_five_are():
+    assert verdicts([paired([0.914, 0.915], [0.913, 0.914], "max")]) == ["cannot tell"]
+    assert verdicts([paired([0.95] * 5, [0.9] * 5, "max")]) == ["better"]
+
+
 def test_pairing_is_used():
     """A difference far below the spread over seeds is seen, since every seed shows it."""
     rng = np.random.default_rng(0)
@@ -78,7 +83,7 @@ def test_pairing_is_used():
     assert verdicts([paired(list(method), list(base), "max")]) == ["better"]
 
 
-@pytest.mark.parametrize(("methods", "seeds"), [(1, 3), (1, 5), (6, 5), (6, 10)])
+@pytest.mark.parametrize(("methods", "seeds"), [(1, 2), (6, 2), (1, 3), (1, 5), (6, 5), (6, 10)])
 def test_null_comparison_cannot_tell(methods, seeds):
     """The baseline against itself: a verdict in at most 5 % of draws, however many methods are judged together."""
     rng = np.random.default_rng(methods * 100 + seeds)

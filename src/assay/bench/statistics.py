@@ -13,10 +13,11 @@ from scipy import stats
 BETTER, WORSE, OPEN = "better", "worse", "cannot tell"
 
 
-def mean_interval(values: Any, level: float = 0.95) -> tuple[float, float, float]:
+def mean_interval(values: Any, level: float = 0.95, least_spread: float = 0.0) -> tuple[float, float, float]:
     """Mean and Student interval of the mean; one value, or a value that is not finite, has the whole line.
 
-    Values without spread have an interval of no width: a deterministic comparison needs no second seed to be exact.
+    Values without spread have an interval of no width, unless ``least_spread``, a standard deviation below which
+    none is believed, says otherwise.
     """
     values = np.asarray(values, dtype=float)
     if len(values) == 0:
@@ -24,7 +25,8 @@ def mean_interval(values: Any, level: float = 0.95) -> tuple[float, float, float
     mean = float(values.mean())
     if len(values) < 2 or not np.isfinite(values).all():
         return mean, -math.inf, math.inf
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    spread = max(float(values.std(ddof=1)), least_spread)
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * spread / math.sqrt(len(values)))
     return mean, mean - half, mean + half
 
 
@@ -39,15 +41,25 @@ def seeds_to_settle(n: int, half_width: float, gap: float) -> int | None:
     return None
 
 
-def p_value(differences: Any) -> float:
-    """Two-sided p-value of Student's test that paired differences have mean zero."""
+def p_value(differences: Any, least_spread: float = 0.0) -> float:
+    """Two-sided p-value of Student's test that paired differences have mean zero (see :func:`mean_interval`)."""
     values = np.asarray(differences, dtype=float)
     if len(values) < 2:
         return 1.0
-    spread = values.std(ddof=1)
+    spread = max(float(values.std(ddof=1)), least_spread)
     if spread == 0:
         return 1.0 if values.mean() == 0 else 0.0
     return float(2 * stats.t.sf(abs(values.mean()) / (spread / math.sqrt(len(values))), len(values) - 1))
+
+
+def resolution_spread(values: Sequence[float]) -> float:
+    """Standard deviation of rounding to the smallest step seen between ``values``.
+
+    An accuracy on 1,000 examples comes in steps of 0.001: a few seeds then often differ by exactly as much, which
+    must not pass for certainty.
+    """
+    steps = np.diff(np.unique(np.round(np.asarray(values, dtype=float), 7)))
+    return float(steps.min() / math.sqrt(12)) if len(steps) else 0.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -82,10 +94,12 @@ def paired(method: Sequence[float | None], baseline: Sequence[float | None], dir
     pairs = [(m, b) for m, b in zip(method, baseline, strict=True) if b is not None]
     gains = [sign * (m - b) for m, b in pairs if m is not None]
     missed = sum(m is None for m, _ in pairs)
-    mean, low, high = mean_interval(gains)
+    least = resolution_spread([value for pair in pairs for value in pair if value is not None])
+    mean, low, high = mean_interval(gains, least_spread=least)
+    p = p_value(gains, least)
     if missed:
-        return Paired(mean, -math.inf, high, p_value(gains) if high < 0 else 1.0, len(pairs), missed)
-    return Paired(mean, low, high, p_value(gains), len(pairs), 0)
+        return Paired(mean, -math.inf, high, p if high < 0 else 1.0, len(pairs), missed)
+    return Paired(mean, low, high, p, len(pairs), 0)
 
 
 def verdicts(results: Sequence[Paired], level: float = 0.95) -> list[str]:

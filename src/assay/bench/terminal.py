@@ -58,9 +58,15 @@ def _best(comparison: Comparison, phase: str) -> str:
     return f"best {comparison.settings.metric} {value:.4g} ({arm})"
 
 
+def _console() -> Console:
+    """A terminal as wide as it is; a file or a pipe wide enough that no cell is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
 def print_comparison(comparison: Comparison) -> None:
     """The table of a comparison, the answer in words above it."""
-    console = Console()
+    console = _console()
     console.print(f"\n[bold]{wording.answer(comparison)}[/]\n", highlight=False)
     settings = comparison.settings
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -92,7 +98,7 @@ def print_comparison(comparison: Comparison) -> None:
 
 def print_evidence(evidence: Evidence) -> None:
     """Rows (means by variant), checks with intervals, notes and the verdict of a claim."""
-    console = Console()
+    console = _console()
     variants = list(dict.fromkeys(row["variant"] for row in evidence.rows))
     metrics = list(dict.fromkeys(
         name for row in evidence.rows for name, value in row.items()
