@@ -2,6 +2,6 @@
 
 from assay._lazy import exports
 
-__getattr__, __dir__, __all__ = exports(  # type: ignore[assignment]
+__getattr__, __dir__, __all__ = exports(
     __name__, "nn", shared={"swap": "assay.nn._swap", "NoEffectWarning": "assay.nn._swap"}
 )

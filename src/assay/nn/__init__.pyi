@@ -1,0 +1,8 @@
+# Made from the cards by 'make generate'.
+from assay.nn._swap import NoEffectWarning as NoEffectWarning
+from assay.nn._swap import swap as swap
+from assay.nn.batch_group_norm.batch_group_norm import BatchGroupNorm1d as BatchGroupNorm1d
+from assay.nn.batch_group_norm.batch_group_norm import BatchGroupNorm2d as BatchGroupNorm2d
+from assay.nn.batch_group_norm.batch_group_norm import BatchGroupNorm3d as BatchGroupNorm3d
+from assay.nn.batch_group_norm.batch_group_norm import convert_batchnorm_ as convert_batchnorm_
+from assay.nn.batch_group_norm.batch_group_norm import suggest_groups as suggest_groups

@@ -1,0 +1,20 @@
+# Made from the cards by 'make generate'.
+from assay.optim.adadagrad.adadagrad import AdaGradNorm as AdaGradNorm
+from assay.optim.adadagrad.adadagrad import AdaptiveBatchSampler as AdaptiveBatchSampler
+from assay.optim.adadagrad.adadagrad import AdaptiveBatchSize as AdaptiveBatchSize
+from assay.optim.adadagrad.adadagrad import BatchTest as BatchTest
+from assay.optim.adadagrad.adadagrad import augmented_inner_product_test as augmented_inner_product_test
+from assay.optim.adadagrad.adadagrad import coordinate_norm_test as coordinate_norm_test
+from assay.optim.adadagrad.adadagrad import gradient_moments as gradient_moments
+from assay.optim.adadagrad.adadagrad import inner_product_test as inner_product_test
+from assay.optim.adadagrad.adadagrad import norm_test as norm_test
+from assay.optim.adadagrad.adadagrad import orthogonality_test as orthogonality_test
+from assay.optim.adadagrad.adadagrad import per_sample_grads as per_sample_grads
+from assay.optim.adamp.adamp import AdamP as AdamP
+from assay.optim.adamp.adamp import SGDP as SGDP
+from assay.optim.adamp.adamp import project_radial as project_radial
+from assay.optim.refined_schedule.refined_schedule import GradNormRecorder as GradNormRecorder
+from assay.optim.refined_schedule.refined_schedule import LinearDecayLR as LinearDecayLR
+from assay.optim.refined_schedule.refined_schedule import RefinedLR as RefinedLR
+from assay.optim.refined_schedule.refined_schedule import refine_schedule as refine_schedule
+from assay.optim.refined_schedule.refined_schedule import schedule_bound as schedule_bound
