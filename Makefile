@@ -26,7 +26,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/optim.py
 
 docs: $(READY)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 generate: $(READY)
 	$(BIN)/python scripts/generate.py

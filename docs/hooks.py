@@ -72,4 +72,5 @@ def _page(card: Card, found: Any) -> str:
         lines += ["", *(f"- {note}" for note in evidence.notes)]
         versions = ", ".join(f"{name} {version}" for name, version in said["versions"].items())
         lines += ["", f"Recorded {said['date']} by `{said['command']}` on {said['machine']['processor']} ({versions})."]
-    return "\n".join(lines)
+    # In the repository a card stands four folders deep; on the site beside the guides.
+    return "\n".join(lines).replace("(../../../../docs/", "(../")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -87,7 +88,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 group.setdefault(name, value)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns the closure's loss."""
         loss = None
         if closure is not None:
@@ -98,8 +99,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        options = {name: group[name] for name in _option_names(type(self))}
-        small: dict[Any, list[tuple[Tensor, ...]]] = defaultdict(list)
+        options = {name: group[name] for name in _option_names(type(self).rule)}
+        small: dict[tuple[torch.device, torch.dtype, int], list[tuple[Tensor, ...]]] = defaultdict(list)
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -141,21 +142,30 @@ class RuleOptimizer(torch.optim.Optimizer):
         p = tensors[0]
         if self.elementwise(p) and all(x.is_contiguous() for x in _local(tensors)):
             tensors = tuple(x.view(-1) for x in _local(tensors))
-        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        # In float64 where there is one: 1 - beta^t in float32 would be wrong in the fifth digit at the first steps.
+        dtype = torch.float32 if p.device.type == "mps" else torch.float64
         lr, t = (torch.as_tensor(value, dtype=dtype, device=p.device) for value in (lr, t))
-        _compiled(type(self).rule)(*tensors, lr=lr, t=t, **options)
+        # Detached, because the compiler takes the shape of an nn.Parameter for a constant.
+        tensors = tuple(x.detach() for x in tensors)
+        kind = (p.dtype, *(size == 1 for size in tensors[0].shape))
+        _compiled(type(self).rule, kind)(*tensors, lr=lr, t=t, **options)
 
 
 @functools.cache
-def _option_names(optimizer: type[RuleOptimizer]) -> tuple[str, ...]:
-    parameters = inspect.signature(optimizer.rule).parameters.values()
+def _option_names(rule: Callable[..., None]) -> tuple[str, ...]:
+    parameters = inspect.signature(rule).parameters.values()
     return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("lr", "t"))
 
 
 @functools.cache
-def _compiled(rule: Callable[..., None]) -> Callable[..., None]:
-    # The sizes are symbols: one graph serves all parameters of a dimension.
-    return torch.compile(rule, fullgraph=True, dynamic=True, backend=COMPILER)
+def _compiled(rule: Any, kind: tuple[Any, ...]) -> Callable[..., None]:
+    """The rule compiled for one kind of tensor; sizes are symbols, so one graph serves all tensors of a kind."""
+    # Torch allows a piece of code eight graphs, fewer than the kinds that a model has: each kind gets its own code.
+    own = types.FunctionType(
+        rule.__code__.replace(), rule.__globals__, rule.__name__, rule.__defaults__, rule.__closure__
+    )
+    own.__kwdefaults__ = rule.__kwdefaults__
+    return torch.compile(own, fullgraph=True, dynamic=True, backend=COMPILER)
 
 
 def _local(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -176,7 +186,7 @@ def _dense(x: Tensor) -> Tensor | None:
     """The elements of a tensor without gaps, in memory order, as a flat view; None if it has gaps."""
     if x.is_contiguous():
         return x.view(-1)
-    order = sorted(range(x.dim()), key=lambda d: (-x.stride(d), -x.size(d)))
+    order = sorted(range(x.dim()), key=lambda d: (x.stride()[d], x.shape[d]), reverse=True)
     sorted_ = x.permute(order)
     return sorted_.view(-1) if sorted_.is_contiguous() else None
 

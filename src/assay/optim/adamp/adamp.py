@@ -57,14 +57,15 @@ def _sums(w: Tensor, g: Tensor, u: Tensor) -> Tensor:
 def _radial(sums: Tensor, shape: torch.Size, delta: float, wd_ratio: float, eps: float) -> tuple[Tensor, Tensor]:
     """What to subtract from the update, in units of the weight, shape (rows, 1, ...), and the decay scale."""
 
-    def view(wg: Tensor, ww: Tensor, gg: Tensor, wu: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    def fires(sums: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        wg, ww, gg, wu = sums.unbind()
         norm = ww.sqrt()
         cosine = wg.abs() / (norm.clamp(min=eps) * gg.sqrt().clamp(min=eps))
         return cosine.max() < delta / math.sqrt(size), wu / (norm + eps).square()
 
     row_size = math.prod(shape[1:])
-    by_row, row_part = view(*sums.unbind(), row_size)
-    by_layer, layer_part = view(*sums.sum(1).unbind(), shape[0] * row_size)
+    by_row, row_part = fires(sums, row_size)
+    by_layer, layer_part = fires(sums.sum(1), shape[0] * row_size)
     part = torch.where(by_row, row_part, torch.where(by_layer, layer_part, 0.0))
     decay = torch.where(by_row | by_layer, sums.new_full((), wd_ratio), 1.0)
     return part.view(-1, *[1] * (len(shape) - 1)), decay
