@@ -3,13 +3,14 @@
 import functools
 import importlib
 import inspect
+import itertools
 
 import pytest
 import torch
 
 from assay import catalogue
 from assay.optim import _rule
-from assay.optim._contract import CHECKS, EXACT, gradients, parameters, walk
+from assay.optim._contract import CHECKS, EXACT, gradients, parameters, same, walk
 from assay.optim._many import Many
 from assay.optim._rule import RuleOptimizer
 
@@ -120,3 +121,37 @@ def test_complex_parameters_are_refused():
 def test_many_says_which_operator_is_missing():
     with pytest.raises(AttributeError, match="cholesky: no list operator"):
         Many([torch.ones(1)]).cholesky()
+
+
+def test_compiled_matrices_share_a_graph_and_many_kinds_are_no_error(monkeypatch):
+    class Descent(RuleOptimizer):
+        slots = ()
+
+        def __init__(self, params, **how):
+            super().__init__(params, {"lr": 0.1}, **how)
+
+        @staticmethod
+        def elementwise(p):
+            return False
+
+        @staticmethod
+        def rule(p, g, *, lr, t):
+            p.sub_(g.mul(lr))
+
+    monkeypatch.setattr(_rule, "COMPILER", "aot_eager")
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    walk(Descent, [torch.nn.Parameter(torch.ones(n, 2 * n)) for n in range(2, 12)], steps=1, compile=True)
+    assert graphs["unique_graphs"] == before + 1
+    # More kinds than the eight graphs that torch allows a function.
+    shapes = itertools.product((1, 3), (1, 4), (1, 5), (1, 6))
+    walk(Descent, [torch.nn.Parameter(torch.ones(shape)) for shape in shapes], steps=1, compile=True)
+
+
+def test_compiled_float32_starts_as_exactly_as_eager(monkeypatch):
+    """1 - 0.999^t in float32 would be wrong in the fifth digit."""
+    monkeypatch.setattr(_rule, "COMPILER", "aot_eager")
+    _rule._compiled.cache_clear()
+    eager, compiled = (walk(Adam, parameters(torch.float32), steps=2, lr=0.1, **how) for how in ({}, {"compile": True}))
+    same(compiled, eager, rtol=1e-6, atol=1e-6)

@@ -9,12 +9,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from assay.optim import SGDP, AdamP
+from assay.optim import SGDP, AdaGradNorm, AdamP
 
 OPTIONS = {
     "adamp": (AdamP, {"lr": 0.01, "weight_decay": 0.1}),
     "adamp, always": (AdamP, {"lr": 0.01, "weight_decay": 0.1, "delta": 100.0}),
     "sgdp": (SGDP, {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1}),
+    "adagradnorm": (AdaGradNorm, {"lr": 0.3, "weight_decay": 0.1}),
 }
 
 
