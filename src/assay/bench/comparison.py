@@ -21,8 +21,9 @@ _SAME_SPEED = 0.03
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for, and where it ran."""
+    """What was asked for, and where it ran; ``asked`` is the task as it was named, ``task`` its own name."""
 
+    asked: str
     task: str
     about: str
     metric: str
@@ -71,12 +72,12 @@ class Comparison:
 
     @property
     def complete(self) -> bool:
-        """Whether every arm that could be selected was run on every report seed."""
-        return not self.interrupted and all(
-            len(self.of(arm, "report")) == self.settings.seeds
-            for arm in self.settings.arms
-            if selected_trial(self, arm) is not None
-        )
+        """Whether every arm that could be selected was run on every report seed, and at equal seconds where asked."""
+        wanted = [("report", arm) for arm in self.settings.arms if selected_trial(self, arm) is not None]
+        if self.settings.equal_seconds:
+            others = [arm for arm in self.settings.arms[1:] if seconds_factor(self, arm) not in (None, 1.0)]
+            wanted += [("seconds", arm) for arm in others]
+        return not self.interrupted and all(len(self.of(arm, phase)) == self.settings.seeds for phase, arm in wanted)
 
     @property
     def table(self) -> list[dict[str, Any]]:
@@ -87,6 +88,8 @@ class Comparison:
             answers = zip(results, holm([r.p for r in results]), verdicts(results), strict=True)
             for row, (result, p, verdict) in zip(rows[1:], answers, strict=True):
                 found = {"gain": result.gain, "low": result.low, "high": result.high, "p": p, "verdict": verdict}
+                if row["no_effect"]:  # equal weights: the difference is known, not estimated
+                    found |= {"gain": 0.0, "low": 0.0, "high": 0.0}
                 row.update({f"{name}{suffix}": _number(value) for name, value in found.items()})
         return rows
 
@@ -111,10 +114,6 @@ class Comparison:
         mean, low, high = mean_interval([r["test"] for r in finished])
         trial = selected_trial(self, arm)
         selected: dict[str, Any] = next((r["options"] for r in report), {})
-        seconds = _median(r["seconds"] for r in finished)
-        base_seconds = _median(
-            r["seconds"] for r in self.of(self.settings.baseline, "report") if r["status"] == FINISHED
-        )
         parameters = _median(r["parameters"] for r in finished)
         state = _median(r["optimizer_bytes"] for r in finished)
         failures = [r for r in report + tuning if r["status"] != FINISHED]
@@ -130,9 +129,9 @@ class Comparison:
             "no_effect": self.no_effect(arm),
             "selected_trial": trial,
             "selected": selected,
-            "seconds": seconds,
+            "seconds": _median(r["seconds"] for r in finished),
             "preparation": _median(r["preparation"] for r in finished),
-            "time_ratio": seconds / base_seconds if seconds and base_seconds else None,
+            "time_ratio": time_ratio(self, arm),
             "steps": _median(r["steps"] for r in finished),
             "steps_equal_seconds": _median(r["steps"] for r in self.of(arm, "seconds") if r["status"] == FINISHED),
             "peak_memory": _median(r["peak_memory"] for r in finished),
@@ -250,21 +249,27 @@ def selected_trial(comparison: Comparison, arm: str) -> int | None:
     return -max(scored)[1] if scored else None
 
 
+def time_ratio(comparison: Comparison, arm: str) -> float | None:
+    """Training time as a multiple of the baseline's: the median over seeds, whose runs are made close together."""
+    base = _by_seed(comparison.of(comparison.settings.baseline, "report"), "seconds")
+    mine = _by_seed(comparison.of(arm, "report"), "seconds")
+    pairs = [(seconds, base.get(seed)) for seed, seconds in mine.items()]
+    return _median(seconds / other for seconds, other in pairs if seconds and other)
+
+
 def seconds_factor(comparison: Comparison, arm: str) -> float | None:
-    """Share of the budget's steps that fit into the baseline's seconds; 1.0 within 3 %, None if nothing finished."""
+    """Share of the budget's steps that fit into the baseline's seconds; 1.0 within 3 %, None if nothing finished.
 
-    def seconds(name: str) -> float | None:
-        return _median(r["seconds"] for r in comparison.of(name, "report") if r["status"] == FINISHED)
-
-    mine, base = seconds(arm), seconds(comparison.settings.baseline)
-    if not mine or not base:
+    Preparation is taken to grow with the steps, as that of the methods here does.
+    """
+    ratio = time_ratio(comparison, arm)
+    if ratio is None:
         return None
-    factor = base / mine
-    return 1.0 if abs(factor - 1) <= _SAME_SPEED else max(0.02, min(4.0, factor))
+    return 1.0 if abs(1 / ratio - 1) <= _SAME_SPEED else max(0.02, min(4.0, 1 / ratio))
 
 
-def _by_seed(records: list[dict[str, Any]]) -> dict[int, float | None]:
-    return {r["seed"]: r.get("test") if r["status"] == FINISHED else None for r in records}
+def _by_seed(records: list[dict[str, Any]], name: str = "test") -> dict[int, float | None]:
+    return {r["seed"]: r.get(name) if r["status"] == FINISHED else None for r in records}
 
 
 def _order(record: dict[str, Any]) -> tuple[str, str, int, int]:

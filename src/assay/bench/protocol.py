@@ -90,6 +90,7 @@ def compare(
     arms = arms_for(methods_specs, baseline_specs)
     budget = Budget(steps or found.budget.steps, batch_size or found.budget.batch_size, found.budget.evaluations)
     settings = Settings(
+        asked=task if isinstance(task, str) else found.name,
         task=found.name,
         about=found.about,
         metric=found.metric_name,

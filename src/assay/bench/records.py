@@ -16,6 +16,12 @@ from assay import __version__, catalogue
 PROTOCOL = 1
 """Version of the rules by which runs are made; lines of another version are never mixed in."""
 
+_NO_PART_OF_A_RUN = {
+    *("cli", "catalogue", "claim", "claims", "comparison", "evidence", "plots", "report", "statistics", "svg"),
+    *("terminal", "wording"),
+}
+"""Modules that show or judge what was run, and change nothing in it."""
+
 _KEY = ("protocol", "code", "task", "base", "arm", "phase", "trial", "seed", "options", "budget", "device")
 
 
@@ -92,10 +98,10 @@ class Records:
 
 @functools.cache
 def code_version() -> str:
-    """The release and a digest of Assay's source: a run of other code is not taken for a run of this one."""
+    """The release and a digest of what makes a run: a run of other code is not taken for a run of this one."""
     digest = hashlib.sha256()
     for path in sorted(catalogue.SOURCE.rglob("*.py")):
-        if not path.name.startswith(("test_", "claim", "cli", "report")) and "claims" not in path.name:
+        if path.stem not in _NO_PART_OF_A_RUN and not path.name.startswith("test_"):
             digest.update(path.relative_to(catalogue.SOURCE).as_posix().encode() + path.read_bytes())
     return f"{__version__}+{digest.hexdigest()[:10]}"
 

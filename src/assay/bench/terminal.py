@@ -67,7 +67,8 @@ def _console() -> Console:
 def print_comparison(comparison: Comparison) -> None:
     """The table of a comparison, the answer in words above it."""
     console = _console()
-    console.print(f"\n[bold]{wording.answer(comparison)}[/]\n", highlight=False)
+    console.print(f"\n[bold]{wording.answer(comparison)}[/]", highlight=False)
+    console.print(f"{wording.answer_at_equal_seconds(comparison)}\n", highlight=False)
     settings = comparison.settings
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in (
@@ -86,8 +87,8 @@ def print_comparison(comparison: Comparison) -> None:
             row["method"],
             wording.metric(row["test"], row["test_low"], row["test_high"]),
             wording.gain(row.get("gain"), row.get("low"), row.get("high")),
-            _styled(row.get("verdict", "baseline")),
-            _styled(row.get("verdict_equal_seconds", "")) if settings.equal_seconds else "",
+            _styled(wording.outcome(row) if "verdict" in row else "baseline"),
+            _styled(wording.outcome(row, "_equal_seconds")) if settings.equal_seconds and "verdict" in row else "",
             wording.ratio(row["time_ratio"]),
             wording.bytes_(row["peak_memory"]),
             "; ".join(wording.flags(row)),

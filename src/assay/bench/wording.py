@@ -10,8 +10,8 @@ from assay.bench.comparison import Comparison
 from assay.bench.statistics import BETTER, OPEN, WORSE, seeds_to_settle
 
 NONE = "–"
-FAILED, NO_EFFECT, PENDING = "failed", "no effect", "not measured"
-"""Outcomes of an arm besides the three verdicts: nothing finished, the baseline's very weights, not run yet."""
+FAILED, NO_EFFECT, PENDING, BASELINE = "failed", "no effect", "not measured", "baseline"
+"""Outcomes of an arm besides the three verdicts: nothing finished, the baseline's very weights, not run (yet)."""
 
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _NAMED_AT_MOST = 3
@@ -27,7 +27,8 @@ def answer(comparison: Comparison) -> str:
     if not rows:
         return f"{so_far}Only the baseline, {settings.baseline}, was measured on {settings.task}."
     if not base["seeds"]:
-        reason = "has not been measured yet" if outcome(base) == PENDING else "finished no run"
+        failed = base["failed_seeds"] or base["failed_trials"]
+        reason = "finished no run" if failed else "has not been measured yet"
         return f"{so_far}The baseline, {settings.baseline}, {reason} on {settings.task}, so nothing can be compared."
     seeds = f"{count(settings.seeds)} seeds" if comparison.complete else "the seeds"
     if len(rows) == 1:
@@ -43,43 +44,68 @@ def answer(comparison: Comparison) -> str:
                 PENDING: f"{row['method']} has not been measured yet against {against}.",
             }[outcome(row)]
         )
-    groups = {kind: [r["method"] for r in rows if outcome(r) == kind] for kind in _GROUPS}
-    parts, compared = [], False
+    parts, kinds = _tally(rows, "", seeds, against)
+    if kinds == [OPEN]:
+        return f"{so_far}{seeds.capitalize()} cannot tell any of {len(rows)} methods from {against}."
+    return f"{so_far}Of {len(rows)} methods, {parts}."
+
+
+def answer_at_equal_seconds(comparison: Comparison) -> str:
+    """The verdicts at equal seconds, a sentence to stand after :func:`answer`; empty where nothing was compared."""
+    suffix, said = "_equal_seconds", (BETTER, WORSE, OPEN, PENDING)
+    rows = [row for row in comparison.table[1:] if outcome(row, suffix) in said]
+    if not comparison.settings.equal_seconds or all(outcome(row, suffix) == PENDING for row in rows):
+        return ""
+    seeds = f"{count(comparison.settings.seeds)} seeds" if comparison.complete else "the seeds"
+    parts, kinds = _tally(rows, suffix, seeds)
+    if len(rows) == 1:
+        parts = f"{seeds} cannot tell {rows[0]['method']}" if kinds == [OPEN] else f"{rows[0]['method']} is {kinds[0]}"
+    elif kinds == [OPEN]:
+        parts = f"{seeds} cannot tell any of them"
+    return f"At equal seconds, {parts}."
+
+
+def _tally(rows: list[dict[str, Any]], suffix: str, seeds: str, against: str = "") -> tuple[str, list[str]]:
+    """How many methods had which outcome, few of them by name; the first comparison says against what."""
+    parts, kinds = [], []
     for kind, (one, many) in _GROUPS.items():
-        found = groups[kind]
+        found = [row["method"] for row in rows if outcome(row, suffix) == kind]
         if not found:
             continue
-        number = _all(len(rows)) if len(found) == len(rows) else str(len(found))
+        number = str(len(found)) if len(found) < len(rows) else "both" if len(rows) == 2 else f"all {len(rows)}"
+        if len(found) <= _NAMED_AT_MOST and kind != OPEN and len(found) < len(rows):
+            number += f" ({', '.join(found)})"
         said = (one if len(found) == 1 else many).format(n=number, seeds=seeds)
-        if kind in (BETTER, WORSE, OPEN) and not compared:
-            # The first comparison says against what; the others would only repeat it.
-            said += f" {_LINK[kind]} {against}"
-            compared = True
-        names = 0 < len(found) <= _NAMED_AT_MOST and kind != OPEN and len(found) < len(rows)
-        parts.append(said + (f" ({', '.join(found)})" if names else ""))
-    if len(parts) == 1 and groups[OPEN]:
-        return f"{so_far}{seeds.capitalize()} cannot tell any of {len(rows)} methods from {against}."
-    return f"{so_far}Of {len(rows)} methods, {_list(parts)}."
+        if against and kind in _LINK:
+            said, against = f"{said} {_LINK[kind]} {against}", ""
+        parts.append(said)
+        kinds.append(kind)
+    return _list(parts), kinds
 
 
 _GROUPS = {
     BETTER: ("{n} is better", "{n} are better"),
     WORSE: ("{n} is worse", "{n} are worse"),
-    OPEN: ("for {n} {seeds} cannot tell", "for {n} {seeds} cannot tell"),
-    NO_EFFECT: ("{n} had no effect", "{n} had no effect"),
-    FAILED: ("{n} finished no run", "{n} finished no run"),
+    OPEN: ("for {n} of them {seeds} cannot tell",) * 2,
+    NO_EFFECT: ("{n} had no effect",) * 2,
+    FAILED: ("{n} finished no run",) * 2,
     PENDING: ("{n} is not measured yet", "{n} are not measured yet"),
 }
 _LINK = {BETTER: "than", WORSE: "than", OPEN: "the difference to"}
 
 
-def outcome(row: Mapping[str, Any]) -> str:
-    """One word for a row of the table: its verdict, or why there is none."""
-    if not row["seeds"]:
-        return FAILED if row["failed_seeds"] or row["failed_trials"] else PENDING
-    if row["no_effect"]:
+def outcome(row: Mapping[str, Any], suffix: str = "") -> str:
+    """One word for a row of the table: its verdict, or why there is none; ``suffix`` as in the table's columns."""
+    verdict = row.get(f"verdict{suffix}")
+    if verdict is None:
+        return BASELINE
+    if verdict in (BETTER, WORSE):
+        return str(verdict)
+    if row["no_effect"] and row[f"gain{suffix}"] == 0:
         return NO_EFFECT
-    return row.get("verdict") or "baseline"
+    if row["seeds"]:
+        return PENDING if suffix and row[f"gain{suffix}"] is None else OPEN
+    return FAILED if row["failed_seeds"] or (row["failed_trials"] and row["selected_trial"] is None) else PENDING
 
 
 def flags(row: Mapping[str, Any]) -> list[str]:
@@ -127,7 +153,7 @@ def gain_value(value: float | None, low: float | None = None, high: float | None
 
 def gain_interval(value: float | None, low: float | None = None, high: float | None = None) -> str:
     """The second part of :func:`gain`: the interval in brackets; nothing where there is none or it has no width."""
-    if value is None or low == high:
+    if value is None or (low is not None and low == high):
         return ""
     decimals = _gain_decimals(value, low, high)
     return f"[{'−∞' if low is None else _signed(low, decimals)}, {'+∞' if high is None else _signed(high, decimals)}]"
@@ -179,29 +205,42 @@ def seconds(value: float | None) -> str:
 
 
 def options(selected: Mapping[str, Any]) -> str:
-    """Selected options; the part's name is left out where there is only one.
+    """Selected options in one line; the part an option belongs to is named where two parts have it.
 
-    >>> options({"adamp.lr": 0.00316228, "adamp.delta": 0.1}), options({"sgd.lr": 0.1, "mixup.alpha": 1})
-    ('lr=0.00316, delta=0.1', 'sgd.lr=0.1, mixup.alpha=1')
+    >>> options({"adamw.lr": 0.00316228, "ps-kd.alpha_T": 0.8}), options({"a.lr": 0.1, "b.lr": 1})
+    ('lr=0.00316, alpha_T=0.8', 'a.lr=0.1, b.lr=1')
     """
-    parts = {name.rpartition(".")[0] for name in selected}
-    words = {name.rpartition(".")[2] if len(parts) == 1 else name: value for name, value in selected.items()}
-    return ", ".join(
-        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in words.items()
-    )
+    return ", ".join(option_words(selected))
+
+
+def option_words(selected: Mapping[str, Any]) -> list[str]:
+    """The same as a list."""
+    last = [name.rpartition(".")[2] for name in selected]
+    words = {word if last.count(word) == 1 else name: selected[name] for name, word in zip(selected, last, strict=True)}
+    return [f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in words.items()]
 
 
 def seeds_needed(comparison: Comparison, arm: str, phase: str = "report") -> int | None:
     """How many seeds would settle an open comparison if gain and spread stayed; None if settled or not computable."""
     found = comparison.paired(arm, phase)
-    if (
-        found.missed
-        or not all(map(math.isfinite, (found.gain, found.low, found.high)))
-        or found.low > 0
-        or found.high < 0
-    ):
+    finite = all(map(math.isfinite, (found.gain, found.low, found.high)))
+    if found.missed or not finite or excludes_zero(found.low, found.high):
         return None
     return seeds_to_settle(found.n, (found.high - found.low) / 2, found.gain)
+
+
+def excludes_zero(low: float | None, high: float | None) -> bool:
+    """Whether an interval lies on one side of zero; an end that is None is infinite."""
+    return (low is not None and low > 0) or (high is not None and high < 0)
+
+
+def whole(number: float) -> str:
+    """A whole number with its thousands set apart.
+
+    >>> whole(19200) == "19\\u202f200"
+    True
+    """
+    return _plain(number, 0)
 
 
 def count(number: int) -> str:
@@ -222,11 +261,13 @@ def _decimals(size: float, digits: int = 2) -> int:
     """Decimal places that show ``digits`` significant digits of a size."""
     if not size or not math.isfinite(size):
         return digits
-    return min(8, max(0, digits - 1 - math.floor(math.log10(abs(size)))))
+    return max(0, digits - 1 - math.floor(math.log10(abs(size))))
 
 
 def _plain(value: float, decimals: int) -> str:
-    return f"{value:,.{decimals}f}".replace("-", "−").replace(",", " ")
+    far = abs(value) >= 1e9 or (decimals > 8 and value != 0)
+    text = f"{value:.3g}" if far else f"{value:,.{min(decimals, 8)}f}"
+    return text.replace("-", "−").replace(",", "\u202f")
 
 
 def _signed(value: float, decimals: int) -> str:
@@ -237,10 +278,6 @@ def _signed(value: float, decimals: int) -> str:
 
 def _plural(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def _all(number: int) -> str:
-    return "both" if number == 2 else f"all {number}"
 
 
 def _list(parts: Iterable[str]) -> str:

@@ -144,7 +144,7 @@ def exports(example: Example) -> None:
 
 
 def runs_under_autocast(example: Example) -> None:
-    layer, x = example.layer(torch.float32), example.input(torch.float32)
+    layer, x = example.layer(torch.float32), example.input(torch.float32).requires_grad_()
     for training in (True, False):
         exact = copy.deepcopy(layer).train(training)(x)
         with torch.autocast("cpu", torch.bfloat16):

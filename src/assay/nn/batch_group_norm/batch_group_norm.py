@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -51,7 +52,7 @@ def batch_group_norm(
         weight, bias: shape (C,).
         training: use the batch's statistics, else the running ones.
         momentum: weight of the batch in the running statistics, in [0, 1].
-        eps: added to the variance, >= 0.
+        eps: added to the variance, > 0.
 
     Raises:
         ValueError: ``num_groups`` does not divide D; one value per group in training; no running statistics otherwise.
@@ -60,14 +61,13 @@ def batch_group_norm(
 
     >>> import torch
     >>> from assay.nn.functional import batch_group_norm
-    >>> batch_group_norm(torch.tensor([[1.0, 3.0, 5.0, 9.0]]), 2, training=True, eps=0.0)
-    tensor([[-1.,  1., -1.,  1.]])
+    >>> batch_group_norm(torch.tensor([[1.0, 3.0, 5.0, 9.0]]), 2, training=True)
+    tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
     """
     channels, values = x.shape[1], math.prod(x.shape[1:])
     if not isinstance(num_groups, int) or num_groups < 1 or values % num_groups:
-        raise ValueError(
-            f"num_groups = {num_groups!r} is out of range: a divisor of D = {values} (x: {tuple(x.shape)})"
-        )
+        allowed = f"a divisor of D = {values}"
+        raise ValueError(f"num_groups = {num_groups!r} is out of range: {allowed} (x: {tuple(x.shape)})")
     if training and x.shape[0] * (values // num_groups) == 1:
         raise ValueError(f"one value per group in training: shape {tuple(x.shape)} with num_groups = {num_groups}")
     if not training:
@@ -128,19 +128,18 @@ class _BatchGroupNorm(nn.Module):
         for name, value in (("num_features", num_features), ("num_groups", num_groups)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} = {value!r} is out of range: an integer >= 1")
-        if not eps >= 0:
-            raise ValueError(f"eps = {eps!r} is out of range: >= 0")
+        if not eps > 0:
+            raise ValueError(f"eps = {eps!r} is out of range: > 0")
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(f"momentum = {momentum!r} is out of range: [0, 1], or None for a cumulative average")
         self.num_features, self.num_groups, self.eps, self.momentum = num_features, num_groups, eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats
         self.positions: int | None = None  # pixels per channel in training, kept where the groups depend on it
+        empty = partial(torch.empty, device=device, dtype=dtype)
         for name in ("weight", "bias"):
-            values = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
-            self.register_parameter(name, values)
+            self.register_parameter(name, nn.Parameter(empty(num_features)) if affine else None)
         for name in ("running_mean", "running_var"):
-            statistic = torch.empty(num_groups, device=device, dtype=dtype) if track_running_stats else None
-            self.register_buffer(name, statistic)
+            self.register_buffer(name, empty(num_groups) if track_running_stats else None)
         count = torch.tensor(0, dtype=torch.long, device=device) if track_running_stats else None
         self.register_buffer("num_batches_tracked", count)
         self.reset_parameters()
@@ -172,7 +171,7 @@ class _BatchGroupNorm(nn.Module):
         batch_mean, batch_var = mean.clone(), var.clone()
         output = self._normalize(input, batch_mean, batch_var, True, 1.0)
         for running, batch in ((mean, batch_mean), (var, batch_var)):
-            running.lerp_(batch, (1 / count).to(running.dtype))
+            running.lerp_(batch, 1 / count.to(running.dtype))
         return output
 
     def _normalize(
@@ -205,10 +204,9 @@ class _BatchGroupNorm(nn.Module):
             ValueError: ``num_groups`` does not divide ``num_features``, or there are no running statistics.
         """
         if self.num_features % self.num_groups:
-            raise ValueError(
-                f"num_groups = {self.num_groups} is out of range: a divisor of num_features = {self.num_features}"
-            )
-        if self.running_mean is None or self.running_var is None:
+            allowed = f"a divisor of num_features = {self.num_features}"
+            raise ValueError(f"num_groups = {self.num_groups} is out of range: {allowed}")
+        if self.running_mean is None:
             raise ValueError("track_running_stats = False: no running statistics to give to the BatchNorm")
         plain = like(copy.deepcopy(self), self._plain)
         each = self.num_features // self.num_groups
@@ -225,8 +223,6 @@ class _BatchGroupNorm(nn.Module):
 
 class BatchGroupNorm1d(_BatchGroupNorm):
     """Batch group normalization of (N, C) or (N, C, L): see :class:`BatchGroupNorm2d`, which has the same arguments.
-
-    On (N, C) a group is made of C/G features, and ``num_groups`` divides C.
 
     >>> import torch
     >>> from assay.nn import BatchGroupNorm1d
@@ -253,7 +249,7 @@ class BatchGroupNorm2d(_BatchGroupNorm):
     Args:
         num_features: C of an input (N, C, H, W).
         num_groups: G >= 1, a divisor of C*H*W; None means C.
-        eps: added to the variance, >= 0.
+        eps: added to the variance, > 0.
         momentum: weight of the batch in the running statistics, in [0, 1]; None for the average over all batches.
         affine: learn ``weight`` and ``bias``, of shape (C,).
         track_running_stats: keep ``running_mean`` and ``running_var``, of shape (G,); without them evaluation uses
@@ -380,10 +376,8 @@ def apply(recipe: Recipe, *, num_groups: int | None = None, target_batch: int = 
         positions = _positions(network, run.data) if num_groups is None else {}
 
         def groups(name: str, channels: int) -> int:
-            if num_groups is not None:
-                return num_groups
             pixels = positions.get(name, 1)
-            return suggest_groups(run.budget.batch_size, channels, pixels, target_batch * pixels)
+            return num_groups or suggest_groups(run.budget.batch_size, channels, pixels, target_batch * pixels)
 
         return convert_batchnorm_(network, groups)
 
