@@ -63,7 +63,14 @@ def _page(card: Card, found: Any) -> str:
     ]
     if found:
         evidence, said = found
-        lines += ["", "## Evidence", "", f"Verdict: **{evidence.verdict}**.", "", f"![The claim's figure]({card.id}.png)"]
+        lines += [
+            "",
+            "## Evidence",
+            "",
+            f"Verdict: **{evidence.verdict}**.",
+            "",
+            f"![The claim's figure]({card.id}.png)",
+        ]
         lines += ["", "| check | observed | 95 % interval | bound | verdict |", "|---|---|---|---|---|"]
         for c in evidence.checks:
             interval = "exact" if c.low == c.high else f"{c.low:.4g} to {c.high:.4g}"

@@ -31,6 +31,8 @@ PIECE = 131_072
 """Elements of a piece of a large tensor: parameter, gradient, two slots and a temporary stay in a 4 MiB cache."""
 COMPILER = "inductor"
 """Backend of ``compile=True``."""
+NOT_OPTIONS = {"params", "param_names", "initial_lr", "name", "lr_scale"}
+"""What a group may hold besides its optimizer's options: labels that training loops and schedulers put there."""
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -69,7 +71,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own; unknown options and values out of range are refused."""
-        if unknown := param_group.keys() - self.defaults.keys() - {"params", "param_names", "initial_lr"}:
+        if unknown := param_group.keys() - self.defaults.keys() - NOT_OPTIONS:
             raise TypeError(f"{type(self).__name__} has no option {', '.join(map(repr, sorted(unknown)))}")
         self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)

@@ -155,3 +155,10 @@ def test_compiled_float32_starts_as_exactly_as_eager(monkeypatch):
     _rule._compiled.cache_clear()
     eager, compiled = (walk(Adam, parameters(torch.float32), steps=2, lr=0.1, **how) for how in ({}, {"compile": True}))
     same(compiled, eager, rtol=1e-6, atol=1e-6)
+
+
+def test_groups_may_be_labelled_but_not_misspelt():
+    params = parameters()
+    assert Adam([{"params": params[:1], "name": "first", "lr_scale": 0.5}]).param_groups[0]["name"] == "first"
+    with pytest.raises(TypeError, match="has no option 'weight_deacy'"):
+        Adam([{"params": params, "weight_deacy": 0.1}])

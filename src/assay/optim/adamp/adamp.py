@@ -50,8 +50,9 @@ def project_radial(
 def _sums(w: Tensor, g: Tensor, u: Tensor) -> Tensor:
     """<w_i, g_i>, <w_i, w_i>, <g_i, g_i> and <w_i, u_i> for every row i, shape (4, rows)."""
     # In float32 at least: sums of half-precision products would lose the cosine.
-    w, g, u = (x.flatten(1).to(torch.promote_types(x.dtype, torch.float32)) for x in (w, g, u))
-    return torch.stack([torch.linalg.vecdot(a, b) for a, b in ((w, g), (w, w), (g, g), (w, u))])
+    w, g, u = (x.unsqueeze(-1).flatten(1).to(torch.promote_types(x.dtype, torch.float32)) for x in (w, g, u))
+    dot, norm = torch.linalg.vecdot, torch.linalg.vector_norm
+    return torch.stack([dot(w, g), norm(w, dim=1).square(), norm(g, dim=1).square(), dot(w, u)])
 
 
 def _radial(sums: Tensor, shape: torch.Size, delta: float, wd_ratio: float, eps: float) -> tuple[Tensor, Tensor]:
