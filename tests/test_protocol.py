@@ -54,7 +54,7 @@ class TestProtocol:
         for arm in comparison.settings.arms:
             trials = comparison.of(arm, "tune")
             assert all(record["test"] is None for record in trials)
-            best = max(range(3), key=lambda k: (trials[k]["validation"], -k))
+            best = max(range(3), key=lambda k: (trials[k]["validation"], -trials[k]["validation_loss"]))
             assert {record["trial"] for record in comparison.of(arm, "report")} == {best}
 
     def test_pinned_options_are_pinned_in_every_trial_and_tuned_ones_are_shared(self, comparison):

@@ -235,18 +235,21 @@ SELECTIONS = {"final": lambda record, _: _final(record), "best": _best}
 
 
 def selected_trial(comparison: Comparison, arm: str) -> int | None:
-    """The trial that validation data picks (the first of equals); 0 without tuning, None if all trials failed."""
+    """The trial that validation data picks; 0 without tuning, None if all trials failed.
+
+    Of trials with equal values, as accuracies on few examples often are, the one with the lowest validation loss.
+    """
     settings = comparison.settings
     if settings.trials == 0:
         return 0
     score = SELECTIONS[settings.select]
     sign = 1 if settings.direction == "max" else -1
     scored = [
-        (sign * value, -record["trial"])
+        (sign * value, -(record.get("validation_loss") or 0.0), -record["trial"])
         for record in comparison.of(arm, "tune")
         if record["status"] == FINISHED and (value := score(record, settings.direction)) is not None
     ]
-    return -max(scored)[1] if scored else None
+    return -max(scored)[2] if scored else None
 
 
 def time_ratio(comparison: Comparison, arm: str) -> float | None:

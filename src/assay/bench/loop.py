@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Fit:
     preparation: float
     curve: list[dict[str, float]] = field(default_factory=list)
     validation: float | None = None
+    validation_loss: float | None = None
     test: float | None = None
     optimizer_bytes: int = 0
     parameters: int = 0
@@ -85,6 +86,8 @@ def fit(
         if budget.evaluations:
             last = result.curve[-1]["validation"] if evaluated_at_end else None
             result.validation = evaluate(task, run.model, task.validation, device) if last is None else last
+            by_loss = replace(task, metric=task.loss, whole_split=False)
+            result.validation_loss = evaluate(by_loss, run.model, task.validation, device)
         result.test = evaluate(task, run.model, task.test, device) if test else None
         measured = [value for value in (result.validation, result.test) if value is not None]
         result.status = FINISHED if all(map(math.isfinite, measured)) else DIVERGED

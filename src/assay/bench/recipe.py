@@ -109,8 +109,9 @@ class Run:
 
     @property
     def epochs(self) -> int:
-        """Number of epochs that the budget holds, the last one perhaps unfinished."""
-        return max(1, -(-self.budget.examples // self.size))
+        """Number of epochs that the budget holds with its batch size, the last one perhaps unfinished."""
+        used = self.size - self.size % min(self.size, self.budget.batch_size)  # the remainder is left out
+        return -(-self.budget.examples // used)
 
     def fit(
         self,

@@ -135,7 +135,7 @@ class PSKD(nn.Module):
         total_epochs: T, at least 1.
         alpha_T: in [0, 1]; 0 is training with cross-entropy.
         store: ``"memory"``, ``"model"`` or a Path.
-        dtype: of the table, floating point. Rows of half precision are renormalized when read.
+        dtype: of the table, floating point of 2 bytes or more. Rows of half precision are renormalized when read.
         device: of the table.
         topk: None, or how many entries of a row are kept, in [1, C]; the rest of the mass is spread evenly.
         ignore_index: examples with this label add nothing to the loss and are not stored.
@@ -179,13 +179,15 @@ class PSKD(nn.Module):
         _in_range("num_samples", num_samples, isinstance(num_samples, Integral) and num_samples >= 1, "an integer >= 1")
         _in_range("num_classes", num_classes, isinstance(num_classes, Integral) and num_classes >= 2, "an integer >= 2")
         _in_range("store", store, store in ("memory", "model") or isinstance(store, Path), "'memory', 'model', a Path")
-        _in_range("dtype", dtype, dtype.is_floating_point, "floating point")
-        _in_range("topk", topk, topk is None or 1 <= topk <= num_classes, f"None or [1, {num_classes}]")
+        _in_range("dtype", dtype, dtype.is_floating_point and dtype.itemsize > 1, "floating point of 2 bytes or more")
+        whole = isinstance(topk, Integral) and 1 <= topk <= num_classes
+        _in_range("topk", topk, topk is None or whole, f"None or an integer in [1, {num_classes}]")
         on_cpu = torch.device(device).type == "cpu"
         _in_range("device", device, on_cpu or not isinstance(store, Path), "'cpu' where store is a Path")
         pskd_schedule(1, total_epochs, alpha_T)
         self.num_samples, self.num_classes = num_samples, num_classes
         self.total_epochs, self.alpha_T, self.epoch = total_epochs, alpha_T, 1
+        self._first = 1  # what the caller's loop calls the first epoch
         self.ignore_index, self.store_mixed = ignore_index, store_mixed
         self.table: PredictionTable | None = None
         if store != "model":
@@ -201,17 +203,19 @@ class PSKD(nn.Module):
         return pskd_schedule(self.epoch, self.total_epochs, self.alpha_T)
 
     def set_epoch(self, epoch: int, model: nn.Module | None = None) -> None:
-        """Begin epoch ``epoch``, counted from 1; ``store="model"`` needs the model as the epoch before left it.
+        """Begin an epoch; ``store="model"`` needs the model as the epoch before left it.
 
-        Calling it again in the same epoch changes nothing, so it is safe after a resume in the middle of an epoch.
+        Epochs count from 1, or from 0 in a loop that says so by a ``set_epoch(0)``. Calling it again in the same epoch
+        changes nothing, so it is safe after a resume in the middle of an epoch.
         """
-        pskd_schedule(epoch, self.total_epochs, self.alpha_T)
-        epoch = max(epoch, 1)
-        if self.table is None and epoch > 1:
+        pskd_schedule(epoch, self.total_epochs, self.alpha_T)  # refuses what is no epoch
+        if epoch == 0:
+            self._first = 0
+        epoch += 1 - self._first
+        if self.table is None and epoch > 1 and (epoch != self.epoch or self._saved_teacher is not None):
             if model is None:
                 raise ValueError("model = None is out of range: store = 'model' needs set_epoch(epoch, model)")
-            if epoch != self.epoch or self._saved_teacher is not None:
-                self._teach(model, self._saved_teacher if epoch == self.epoch else None)
+            self._teach(model, self._saved_teacher if epoch == self.epoch else None)
         self.epoch = epoch
 
     @torch.no_grad()
@@ -310,13 +314,15 @@ class PSKD(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         teacher = self._teacher[0].state_dict() if self._teacher else self._saved_teacher
-        return {"size": [self.num_samples, self.num_classes], "epoch": self.epoch, "teacher": teacher}
+        size = [self.num_samples, self.num_classes]
+        return {"size": size, "epoch": self.epoch, "first": self._first, "teacher": teacher}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         size = [self.num_samples, self.num_classes]
         if state["size"] != size:
             raise ValueError(f"num_samples, num_classes = {state['size']} in the state is out of range: {size}")
-        self.epoch, self._teacher, self._saved_teacher = state["epoch"], None, state["teacher"]
+        self.epoch, self._first = state["epoch"], state["first"]
+        self._teacher, self._saved_teacher = None, state["teacher"]
 
 
 def _in_range(name: str, value: Any, good: bool, allowed: str) -> None:

@@ -132,6 +132,17 @@ def test_schedule_is_linear_and_ends_at_alpha_T(total, alpha_T):
     assert pskd_schedule(0, total, alpha_T) == values[0] and pskd_schedule(total + 1, total, alpha_T) == values[-1]
 
 
+def test_a_loop_may_count_epochs_from_zero_also_when_it_resumes():
+    from_one, from_zero = (PSKD(N, C, total_epochs=6) for _ in range(2))
+    for epoch in range(6):
+        from_one.set_epoch(epoch + 1)
+        from_zero.set_epoch(epoch)
+        resumed = PSKD(N, C, total_epochs=6)
+        resumed.load_state_dict(from_zero.state_dict())
+        assert from_one.alpha == from_zero.alpha == resumed.alpha == pytest.approx(0.8 * (epoch + 1) / 6)
+        from_zero = resumed
+
+
 # --- the targets
 
 
@@ -347,7 +358,9 @@ def test_mixed_targets_and_what_is_stored_of_mixed_examples():
         ("alpha_T", math.nan),
         ("topk", 0),
         ("topk", C + 1),
+        ("topk", 1.5),
         ("dtype", torch.int8),
+        ("dtype", torch.float8_e4m3fn),
         ("store", "disk"),
     ],
 )

@@ -117,5 +117,5 @@ def figure(evidence: Evidence) -> Figure:
     axes.set_xlabel("epoch")
     axes.set_ylabel("norm of the middle matrix / at the start")
     axes.set_title("Weights before a batch normalization, on digits", fontsize="medium")
-    axes.legend()
+    axes.legend(ncols=2, loc="center right", bbox_to_anchor=(1, 0.38))
     return drawing
