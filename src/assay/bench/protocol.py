@@ -88,7 +88,11 @@ def compare(
     methods_specs = parse_specs(methods)
     (baseline_specs,) = parse_specs(baseline)
     arms = arms_for(methods_specs, baseline_specs)
-    budget = Budget(steps or found.budget.steps, batch_size or found.budget.batch_size, found.budget.evaluations)
+    budget = Budget(
+        steps=found.budget.steps if steps is None else steps,
+        batch_size=found.budget.batch_size if batch_size is None else batch_size,
+        evaluations=found.budget.evaluations,
+    )
     settings = Settings(
         asked=task if isinstance(task, str) else found.name,
         task=found.name,
