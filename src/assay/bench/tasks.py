@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from assay.bench import models
+from assay.bench import datasets, models
 from assay.bench.recipe import Budget
 from assay.bench.spec import Spec, parse_specs
 from assay.catalogue import UnknownMethod
@@ -65,17 +65,14 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
 
 def digits(model: str = "cnn") -> Task:
     """Handwritten digits, 8x8 grey pixels: 1,797 real images that come with scikit-learn."""
-    from sklearn.datasets import load_digits
-
     factories: dict[str, Callable[[], nn.Module]] = {
         "cnn": functools.partial(models.cnn, 10),
         "mlp": functools.partial(models.mlp, 64, 10),
         "vit": functools.partial(models.ViT, 10),
     }
     _one_of("model", model, factories)
-    images, labels = load_digits(return_X_y=True)
-    inputs = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    train, validation, test = _split(inputs, torch.tensor(labels), (500, 497, 800))
+    pixels, labels = datasets.digits()
+    train, validation, test = _split(pixels.view(-1, 1, 8, 8), labels, (500, 497, 800))
     about = "8x8 images of handwritten digits, 500 to train on, 497 to select on, 800 to test on"
     loss = nn.CrossEntropyLoss()
     budget = Budget(steps=600 if model == "vit" else 300, batch_size=64)
@@ -87,12 +84,12 @@ def digits(model: str = "cnn") -> Task:
 
 def tabular(dataset: str = "breast_cancer") -> Task:
     """Tables that come with scikit-learn: breast_cancer and wine (classes), diabetes (a number)."""
-    from sklearn import datasets
+    import sklearn.datasets
 
     loaders = {"breast_cancer": 2, "wine": 3, "diabetes": None}
     _one_of("dataset", dataset, loaders)
     classes = loaders[dataset]
-    table, target = getattr(datasets, f"load_{dataset}")(return_X_y=True)
+    table, target = getattr(sklearn.datasets, f"load_{dataset}")(return_X_y=True)
     inputs, targets = torch.tensor(table, dtype=torch.float32), torch.tensor(target)
     if classes is None:
         targets = targets.float()[:, None]

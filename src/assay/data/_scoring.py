@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 from torch.utils.data import TensorDataset, default_collate
 
+from assay._modes import evaluating
 from assay.data._checks import count
 
 Score = Callable[["Logits", Any, Any], Tensor]
@@ -101,20 +101,6 @@ def _inputs_and_targets(batch: Any) -> tuple[Any, Any]:
 
 def _device(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """All modules in evaluation mode; afterwards each has its own flag back, also where they differed."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        # The flag alone: a module whose train() does more must not notice.
-        for module, _ in flags:
-            module.training = False
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def probabilities_of(logits: Any, num_classes: int | None) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
+
+from assay._modes import evaluating
 
 
 def per_sample_grads(
@@ -66,19 +67,5 @@ def per_sample_grads(
 
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different", chunk_size=chunk_size)
     # Only this kernel of attention is vectorized over examples; the others run one by one.
-    with _evaluating(model), sdpa_kernel(SDPBackend.MATH):
+    with evaluating(model), sdpa_kernel(SDPBackend.MATH):
         return each(params, inputs, targets)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """All modules in eval mode; afterwards each has its own flag back, also where they differed."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        # The flag, not eval(): a module that overrides train() must not notice.
-        for module, _ in flags:
-            module.training = False
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training

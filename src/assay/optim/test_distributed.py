@@ -1,14 +1,11 @@
 """Rules on sharded and replicated parameters: two processes on this machine give what one would."""
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
+from assay._processes import run_on_two
 from assay.optim import SGDP, AdaGradNorm, AdamP
 
 OPTIONS = {
@@ -38,11 +35,9 @@ def whole_batch() -> torch.Tensor:
     return torch.randn(8, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def worker(rank: int, port: int, kind: str, name: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        make, options = OPTIONS[name]
+def check(rank: int, kind: str) -> None:
+    """This process's part of training on two, for every optimizer."""
+    for make, options in OPTIONS.values():
         expected = train(network(), make, options, whole_batch()).state_dict()
         part = whole_batch().chunk(2)[rank]
         if kind == "ddp":
@@ -55,15 +50,9 @@ def worker(rank: int, port: int, kind: str, name: str) -> None:
             model = train(fully_shard(network(), mesh=mesh), make, options, part)
             found = {key: value.full_tensor() for key, value in model.state_dict().items()}
         for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-11)
-    finally:
-        dist.destroy_process_group()
+            torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-11, msg=f"{make.__name__} {options} {key}")
 
 
-@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("kind", ["fsdp2", "ddp"])
-def test_two_processes_are_one(kind, name):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, (port, kind, name), nprocs=2)
+def test_two_processes_are_one(kind, tmp_path):
+    run_on_two(f"from assay.optim.test_distributed import check\ncheck(rank, {kind!r})", tmp_path)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from assay.bench import models
+from assay.bench.datasets import split_digits
 from assay.bench.evidence import Bench, Check, Evidence, Rows, at_least, at_most
 from assay.bench.statistics import mean_interval
 from assay.data import average_scores, el2n_scores, grand_scores, keep_by_score
@@ -185,13 +186,7 @@ def fit(model: nn.Module, data: TensorDataset, steps: int) -> None:
 @functools.lru_cache(maxsize=2)
 def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
     """1,200 of scikit-learn's handwritten digits to train on and 597 to test on, cut by the seed."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    inputs = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    targets = torch.tensor(labels)
-    train, test = (TensorDataset(inputs[part], targets[part]) for part in (order[:TRAIN], order[TRAIN:]))
+    train, test = (TensorDataset(x.view(-1, 1, 8, 8), y) for x, y in split_digits(seed, TRAIN))
     return train, test
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay.bench.datasets import digits
 from assay.bench.evidence import Bench, Check, Evidence, Rows, at_least, at_most
 from assay.bench.statistics import mean_interval
 from assay.losses import PSKD
@@ -175,12 +176,10 @@ def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> float:
 @functools.lru_cache(maxsize=2)
 def noisy_digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Inputs and labels to train on, a tenth of the labels another class, and to test on; which labels are wrong."""
-    from sklearn.datasets import load_digits
-
-    images, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
+    images, labels = digits()
     draw = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=draw)
-    inputs = images.float()[order] / 16 + NOISE * torch.randn(images.shape, generator=draw)
+    inputs = images[order] + NOISE * torch.randn(images.shape, generator=draw)
     labels = labels[order]
     wrong = torch.randperm(TRAIN, generator=draw)[: round(WRONG * TRAIN)]
     given = labels[:TRAIN].clone()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from assay._processes import run_on_two
 from assay.losses import PSKD, soft_target_cross_entropy
 from assay.losses.ps_kd.test_ps_kd import EXACT, C, N, examples, network, progressive, table_step, train
 
@@ -119,10 +118,7 @@ def test_resuming_in_the_middle_of_training_is_exact():
 
 
 TWO_PROCESSES = """
-import sys, torch, torch.distributed as dist
 from assay.losses import PSKD
-rank, file = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
 for options in ({}, {"topk": 2, "dtype": torch.float16}, {"dtype": torch.bfloat16}):
     both, alone = (PSKD(12, 4, total_epochs=2, **options) for _ in range(2))
     torch.manual_seed(0)
@@ -141,21 +137,9 @@ for options in ({}, {"topk": 2, "dtype": torch.float16}, {"dtype": torch.bfloat1
         dist.get_world_size = size
     for ours, expected in zip(both.buffers(), alone.buffers(), strict=True):
         assert torch.equal(ours, expected), (rank, options, ours, expected)
-dist.barrier()
-dist.destroy_process_group()
 """
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_processes_exchange_their_predictions(tmp_path):
-    command = [sys.executable, "-c", TWO_PROCESSES]
-    workers = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        errors = [worker.communicate(timeout=60)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+    run_on_two(TWO_PROCESSES, tmp_path)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from assay.bench.datasets import split_digits
 from assay.bench.evidence import Bench, Evidence, Rows, at_least, at_most
 from assay.nn.batch_group_norm.batch_group_norm import BatchGroupNorm2d, suggest_groups
 
@@ -63,7 +64,7 @@ def measure(variant: str, seed: int, *, runs: list[tuple[str, int]], method: Any
 
 def accuracy(net: str, size: int, variant: str, seed: int, method: Any, bench: Bench) -> float:
     """Train on 1,200 of the digits that come with scikit-learn, drawn by ``seed``; accuracy on the other 597."""
-    train, test = split(seed)
+    train, test = split_digits(1000 + seed)
     torch.manual_seed(seed)
     model = (dense if net == "dense" else conv)(functools.partial(norm, variant, size, method))
     optimizer = torch.optim.SGD(model.parameters(), lr=min(0.4, 0.004 * size / 2), momentum=0.9)
@@ -100,26 +101,8 @@ def conv(norm: Norm) -> nn.Module:
     def block(inputs: int, outputs: int, pixels: int) -> list[nn.Module]:
         return [nn.Conv2d(inputs, outputs, 3, padding=1), norm(outputs, pixels), nn.ReLU()]
 
-    body = [*block(1, 16, 64), nn.MaxPool2d(2), *block(16, 32, 16), *block(32, 32, 16)]
+    body = [nn.Unflatten(1, (1, 8, 8)), *block(1, 16, 64), nn.MaxPool2d(2), *block(16, 32, 16), *block(32, 32, 16)]
     return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
-
-
-Examples = tuple[Tensor, Tensor]
-
-
-def split(seed: int) -> tuple[Examples, Examples]:
-    images, labels = digits()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1000 + seed))
-    train, test = order[:1200], order[1200:]
-    return (images[train], labels[train]), (images[test], labels[test])
-
-
-@functools.cache
-def digits() -> Examples:
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    return torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
 
 
 def figure(evidence: Evidence) -> Figure:

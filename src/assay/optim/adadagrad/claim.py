@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from assay.bench import Bench, Evidence, at_least, at_most
+from assay.bench.datasets import split_digits
 from assay.optim import AdaptiveBatchSampler, AdaptiveBatchSize, per_sample_grads
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def claim(
 
 def train(variant: str, seed: int, *, epochs: int, controller: Any) -> dict[str, Any]:
     """An MLP 64-32-10 trained on ``epochs`` times 1300 digits, tested on the other 497."""
-    x, y, x_test, y_test = _digits(seed)
+    (x, y), (x_test, y_test) = split_digits(seed, EXAMPLES)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     if variant == "adaptive":
@@ -91,15 +92,6 @@ def train(variant: str, seed: int, *, epochs: int, controller: Any) -> dict[str,
 @functools.cache
 def _mean_size(seed: int, epochs: int, controller: Any) -> int:
     return round(train("adaptive", seed, epochs=epochs, controller=controller)["mean_size"])
-
-
-def _digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(seed))
-    x, y = torch.tensor(digits.data, dtype=torch.float32)[order] / 16, torch.tensor(digits.target)[order]
-    return x[:EXAMPLES], y[:EXAMPLES], x[EXAMPLES:], y[EXAMPLES:]
 
 
 def figure(evidence: Evidence) -> Figure:

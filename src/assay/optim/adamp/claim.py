@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay.bench.datasets import split_digits
 from assay.bench.evidence import Bench, Evidence, Rows, at_least, at_most
 from assay.optim.adamp.adamp import SGDP, AdamP
 
@@ -49,7 +50,7 @@ def claim(bench: Bench, *, sgdp: Make = SGDP, adamp: Make = AdamP, parts: Collec
 
 def digits(makers: dict[str, Make], epochs: int, variant: str, seed: int) -> dict[str, Any]:
     """Train an MLP whose hidden layers are normalized; growth of the middle matrix's norm, and test accuracy."""
-    train, test = split(seed)
+    train, test = split_digits(1000 + seed)
     torch.manual_seed(seed)
     model = nn.Sequential(
         *(nn.Linear(64, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU()),
@@ -84,22 +85,6 @@ def sphere(make: Make, steps: int = 200) -> float:
         ((w[0] / w[0].norm()) @ a).backward()
         optimizer.step()
     return w.detach().square().sum().item() - 1
-
-
-@functools.cache
-def images() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits
-
-    inputs, labels = load_digits(return_X_y=True)
-    return torch.tensor(inputs, dtype=torch.float32) / 16, torch.tensor(labels)
-
-
-def split(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """1,200 digits to train on and 597 to test on, drawn by the seed."""
-    inputs, labels = images()
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(1000 + seed))
-    train, test = order[:1200], order[1200:]
-    return (inputs[train], labels[train]), (inputs[test], labels[test])
 
 
 def figure(evidence: Evidence) -> Figure:

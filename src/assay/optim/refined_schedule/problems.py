@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay.bench.datasets import digits
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -136,10 +138,7 @@ def cancer() -> tuple[Tensor, ...]:
 @functools.lru_cache(maxsize=4)
 def noisy_digits(seed: int) -> tuple[Tensor, ...]:
     """1,347 digits, a fifth of them with a label drawn at random from the other nine, and 450 to test with."""
-    from sklearn.datasets import load_digits
-
-    images, labels = (torch.tensor(a) for a in load_digits(return_X_y=True))
-    images = images.float() / 16
+    images, labels = digits()
     draw = torch.Generator().manual_seed(1000 + seed)
     order = torch.randperm(len(images), generator=draw)
     train, test = order[:1347], order[1347:]

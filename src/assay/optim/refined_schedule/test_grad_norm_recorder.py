@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
+from assay._processes import run_on_two
 from assay.optim import GradNormRecorder
 
 
@@ -90,12 +89,9 @@ def test_wrong_use_is_refused():
 
 
 TWO_PROCESSES = """
-import sys, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from assay.optim import GradNormRecorder
-rank, file = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
 values = [torch.arange(1.0, 6.0, dtype=torch.float64) * k for k in (1, 2, 3, 4)]
 params = [distribute_tensor(torch.zeros_like(values[0]), mesh, [place]).requires_grad_()
@@ -111,21 +107,9 @@ for norm in ("l1", "l2"):
     recorder.record()
     expected = torch.cat(values).norm(p=int(norm[1])).item()
     assert abs(recorder.norms[0] / expected - 1) < 1e-12, (norm, recorder.norms, expected)
-dist.barrier()
-dist.destroy_process_group()
 """
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_shards_are_summed_and_replicas_counted_once(tmp_path):
-    command = [sys.executable, "-c", TWO_PROCESSES]
-    workers = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        errors = [worker.communicate(timeout=60)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+    run_on_two(TWO_PROCESSES, tmp_path)
