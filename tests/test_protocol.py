@@ -95,6 +95,19 @@ class TestProtocol:
         assert deterministic(parallel.table) == deterministic(alone.table)
 
 
+def test_a_dask_cluster_gives_the_same_as_one_process():
+    pytest.importorskip("distributed")
+    asked = {"task": "digits(model='mlp')", "methods": "sgd", "trials": 0, "seeds": 2, "steps": 5}
+    clustered, alone = (assay.compare(**asked, jobs=2, engine=engine) for engine in ("dask", "sequential"))
+    assert deterministic(clustered.table) == deterministic(alone.table)
+
+
+def test_an_engine_that_is_not_installed_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'assay-ml\[ray\]'"):
+        assay.compare(task, "sgd", engine="ray", trials=0, seeds=2, steps=5)
+
+
 def test_a_method_without_effect_says_so():
     result = assay.compare(task, "adamw(betas=(0.9, 0.999))", **FAST)
     assert result.table[1]["no_effect"]

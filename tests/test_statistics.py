@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from assay.bench.evidence import Check, Evidence, Rows, at_least, at_most
+from assay.bench.evidence import Bench, Check, Evidence, Rows, at_least, at_most
 from assay.bench.statistics import holm, mean_interval, p_value, paired, seeds_to_settle, verdicts
 
 
@@ -162,3 +162,12 @@ class TestEvidence:
         assert rows.difference("a", "b", "x").tolist() == [1, 2, 3]
         with pytest.raises(KeyError, match="no row of variant 'c'"):
             rows.values("c", "x")
+
+
+def test_a_bench_can_be_sent_to_other_processes():
+    import pickle
+    import threading
+
+    lock = threading.Lock()  # as in a progress bar: cannot be pickled
+    bench = Bench(quick=True, jobs=2, progress=lambda done, total: lock.acquire())
+    assert pickle.loads(pickle.dumps(bench)).seeds(5) == [100, 101]

@@ -124,6 +124,10 @@ class Bench:
     ) -> None:
         self.quick, self.jobs, self._progress = quick, jobs, progress
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A claim may hand its bench to the processes that measure; the progress bar stays here.
+        return {**vars(self), "_progress": None}
+
     def seeds(self, count: int, first: int = 100) -> list[int]:
         """``count`` reporting seeds (two in a quick run), apart from the seeds below 100 that tuning may use."""
         return list(range(first, first + (min(2, count) if self.quick else count)))
