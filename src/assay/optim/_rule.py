@@ -6,8 +6,8 @@ and no branch on values; ``lr`` and ``t`` (the number of this step, from 1) may 
 
 How a rule is run follows from what it declares of a parameter (:meth:`RuleOptimizer.elementwise`):
 
-- an element-wise rule sees small tensors as one :class:`Many`, large ones in pieces that stay in the cache: the same
-  arithmetic in the same order, so bitwise equal to one tensor at a time (``foreach=False``);
+- an element-wise rule sees small tensors as one :class:`Many`, large ones (on a CPU) in pieces that stay in the cache:
+  the same arithmetic in the same order, so bitwise equal to one tensor at a time (``foreach=False``);
 - any other rule sees each parameter whole.
 """
 
@@ -28,7 +28,7 @@ from assay.optim._many import Many
 SMALL = 32_768
 """Elements up to which tensors are run as a list: below it the cost of calling an operator counts most."""
 PIECE = 131_072
-"""Elements of a piece of a large tensor: parameter, gradient, two slots and a temporary stay in a 4 MiB cache."""
+"""Elements of a piece of a large tensor on a CPU: parameter, gradient, slots and a temporary stay in a 4 MiB cache."""
 COMPILER = "inductor"
 """Backend of ``compile=True``."""
 NOT_OPTIONS = {"params", "param_names", "initial_lr", "name", "lr_scale"}
@@ -115,7 +115,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 small[p.device, p.dtype, t].append(_local(tensors))
             elif group["compile"]:
                 self._run_compiled(tensors, group["lr"], t, options)
-            elif alone:
+            elif alone or p.device.type != "cpu":
                 self.rule(*tensors, lr=group["lr"], t=t, **options)
             else:
                 for piece in _pieces(_local(tensors)):
@@ -131,7 +131,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if g.is_sparse:
             raise RuntimeError(f"{name} does not support sparse gradients")
         if p.is_complex():
-            raise RuntimeError(f"{name} does not support complex parameters: give it torch.view_as_real of them")
+            raise RuntimeError(f"{name} does not support complex parameters")
         state = self.state[p]
         if not state:
             # A tensor, as torch's own optimizers keep it, so that checkpoints and shards treat it alike.
@@ -200,10 +200,11 @@ def _dense(x: Tensor) -> Tensor | None:
 def row_blocks(x: Tensor, *, like: Tensor | None = None) -> tuple[Tensor, ...]:
     """Views of consecutive rows of a matrix, :data:`PIECE` elements each, for rules that need sums over rows.
 
-    ``like`` is the matrix whose rows count where ``x`` has a number per row. What is compiled or sharded stays whole.
+    ``like`` is the matrix whose rows count where ``x`` has a number per row. What is compiled or sharded, or lies on
+    another device than the CPU, where a call costs more than a pass over memory, stays whole.
     """
     whole = x if like is None else like
-    if torch.compiler.is_compiling() or hasattr(whole, "to_local"):
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or hasattr(whole, "to_local"):
         return (x,)
     return x.split(max(1, PIECE * whole.shape[0] // whole.numel()))
 
