@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -62,9 +63,16 @@ class TestRoom:
         claim = card.body.partition("## Claim")[2].partition("## Differences")[0]
         assert verdict in claim, f"the Claim section does not say {verdict!r}"
 
+    def test_the_use_section_runs(self, card, tmp_path, monkeypatch):
+        use = card.body.partition("## Use")[2].partition("## What it does")[0]
+        blocks = re.findall(r"```python\n(.*?)```", use, re.DOTALL)
+        assert blocks
+        monkeypatch.chdir(tmp_path)
+        exec(compile("\n".join(blocks), f"{card.id}: Use", "exec"), {})
+
     def test_imports_no_bench(self, card):
         for path in card.folder.glob("*.py"):
-            if path.name != "claim.py" and not path.name.startswith("test_"):
+            if not path.name.startswith(("claim", "test_")):
                 assert "assay.bench" not in _runtime_imports(path), f"{path} imports assay.bench"
 
     def test_files_are_short(self, card):

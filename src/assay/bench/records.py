@@ -17,7 +17,7 @@ PROTOCOL = 1
 """Version of the rules by which runs are made; lines of another version are never mixed in."""
 
 _NO_PART_OF_A_RUN = {
-    *("cli", "catalogue", "claim", "claims", "comparison", "evidence", "plots", "report", "statistics", "svg"),
+    *("cli", "catalogue", "comparison", "evidence", "plots", "report", "statistics", "svg"),
     *("terminal", "wording"),
 }
 """Modules that show or judge what was run, and change nothing in it."""
@@ -101,7 +101,7 @@ def code_version() -> str:
     """The release and a digest of what makes a run: a run of other code is not taken for a run of this one."""
     digest = hashlib.sha256()
     for path in sorted(catalogue.SOURCE.rglob("*.py")):
-        if path.stem not in _NO_PART_OF_A_RUN and not path.name.startswith("test_"):
+        if path.stem not in _NO_PART_OF_A_RUN and not path.name.startswith(("test_", "claim")):
             digest.update(path.relative_to(catalogue.SOURCE).as_posix().encode() + path.read_bytes())
     return f"{__version__}+{digest.hexdigest()[:10]}"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from assay.bench.evidence import Bench, Check, Evidence, Rows, at_least, at_most
 from assay.bench.statistics import mean_interval
-from assay.optim.refined_schedule.problems import PROBLEMS, Problem, last_loss, train
+from assay.optim.refined_schedule.claim_problems import PROBLEMS, Problem, last_loss, train
 from assay.optim.refined_schedule.refined_schedule import GradNormRecorder, _running_median, refine_schedule
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from assay.optim.refined_schedule.problems import PROBLEMS, Update, last_loss, train
+from assay.optim.refined_schedule.claim_problems import PROBLEMS, Update, last_loss, train
 
 
 @pytest.mark.parametrize("name", ["diabetes", "breast cancer"])
