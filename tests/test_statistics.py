@@ -70,9 +70,25 @@ def test_where_the_baseline_failed_nothing_is_said():
     assert (result.n, verdicts([result])) == (0, ["cannot tell"])
 
 
-def test_two_seeds_that_agree_to_the_digit_are_no_certainty_but_five_are():
-    assert verdicts([paired([0.914, 0.915], [0.913, 0.914], "max")]) == ["cannot tell"]
-    assert verdicts([paired([0.95] * 5, [0.9] * 5, "max")]) == ["better"]
+def test_no_spread_below_a_step_of_the_metric_is_believed():
+    one_step = paired([0.914] * 5, [0.913] * 5, "max", examples=1000)
+    assert verdicts([one_step]) == ["cannot tell"]
+    assert verdicts([paired([0.914, 0.915], [0.913, 0.914], "max", examples=1000)]) == ["cannot tell"]
+    assert verdicts([paired([0.95] * 5, [0.9] * 5, "max", examples=1000)]) == ["better"]
+    exact = paired([0.31234] * 5, [0.3] * 5, "max", examples=1000)
+    assert exact.low == exact.gain, "a metric that is no share of the examples keeps its spread"
+
+
+@pytest.mark.parametrize("chance", [0.25, 0.4, 0.45])
+def test_null_comparison_of_runs_that_differ_by_one_example(chance):
+    """Paired runs that mostly agree: differences of one step up or down, six methods judged together."""
+    rng = np.random.default_rng(1)
+    draws, wrong, base = 1000, 0, [0.9] * 5
+    for _ in range(draws):
+        steps = rng.choice([-1, 0, 1], p=[chance, 1 - 2 * chance, chance], size=(6, 5))
+        results = [paired([0.9 + k / 1000 for k in row], base, "max", examples=1000) for row in steps]
+        wrong += any(answer != "cannot tell" for answer in verdicts(results))
+    assert wrong <= draws * 0.05 + 3 * math.sqrt(draws * 0.05 * 0.95)
 
 
 def test_pairing_is_used():
@@ -91,7 +107,9 @@ def test_null_comparison_cannot_tell(methods, seeds):
     wrong = 0
     for _ in range(draws):
         base = rng.binomial(1000, 0.97, seeds) / 1000
-        results = [paired(list(rng.binomial(1000, 0.97, seeds) / 1000), list(base), "max") for _ in range(methods)]
+        results = [
+            paired(list(rng.binomial(1000, 0.97, seeds) / 1000), list(base), "max", 1000) for _ in range(methods)
+        ]
         wrong += any(answer != "cannot tell" for answer in verdicts(results))
     # Three standard deviations of a count with the allowed rate.
     assert wrong <= draws * 0.05 + 3 * math.sqrt(draws * 0.05 * 0.95)

@@ -38,6 +38,7 @@ class Settings:
     device: str
     environment: dict[str, Any]
     code: str
+    test_examples: int = 0
 
     def __post_init__(self) -> None:
         if self.select not in SELECTIONS:
@@ -106,7 +107,8 @@ class Comparison:
             phase = "report"
         mine = _by_seed(self.of(arm, phase))
         seeds = [seed for seed in self.settings.report_seeds if seed in base and seed in mine]
-        return paired([mine[s] for s in seeds], [base[s] for s in seeds], self.settings.direction)
+        settings = self.settings
+        return paired([mine[s] for s in seeds], [base[s] for s in seeds], settings.direction, settings.test_examples)
 
     def _row(self, arm: str) -> dict[str, Any]:
         report, tuning = self.of(arm, "report"), self.of(arm, "tune")

@@ -109,6 +109,7 @@ def compare(
         device=device,
         environment=environment(),
         code=code_version(),
+        test_examples=len(found.test),
     )
     plan = _Plan(task, found, arms, settings, budget)
     store = Records(records)

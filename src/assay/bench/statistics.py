@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special  # not scipy.stats, which takes most of a second to import
 
 BETTER, WORSE, OPEN = "better", "worse", "cannot tell"
 
@@ -26,7 +26,7 @@ def mean_interval(values: Any, level: float = 0.95, least_spread: float = 0.0) -
     if len(values) < 2 or not np.isfinite(values).all():
         return mean, -math.inf, math.inf
     spread = max(float(values.std(ddof=1)), least_spread)
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * spread / math.sqrt(len(values)))
+    half = float(special.stdtrit(len(values) - 1, (1 + level) / 2) * spread / math.sqrt(len(values)))
     return mean, mean - half, mean + half
 
 
@@ -34,11 +34,10 @@ def seeds_to_settle(n: int, half_width: float, gap: float) -> int | None:
     """How many seeds shrink a half width, seen with ``n`` seeds, below ``gap``; None if no number would."""
     if not (math.isfinite(half_width) and math.isfinite(gap)) or n < 2 or gap == 0:
         return None
-    scale = half_width * math.sqrt(n) / stats.t.ppf(0.975, n - 1)
-    for seeds in range(n + 1, 100_000):
-        if stats.t.ppf(0.975, seeds - 1) * scale / math.sqrt(seeds) < abs(gap):
-            return seeds
-    return None
+    scale = half_width * math.sqrt(n) / special.stdtrit(n - 1, 0.975)
+    seeds = np.arange(n + 1, 100_000)
+    enough = special.stdtrit(seeds - 1, 0.975) * scale / np.sqrt(seeds) < abs(gap)
+    return int(seeds[enough.argmax()]) if enough.any() else None
 
 
 def p_value(differences: Any, least_spread: float = 0.0) -> float:
@@ -49,17 +48,17 @@ def p_value(differences: Any, least_spread: float = 0.0) -> float:
     spread = max(float(values.std(ddof=1)), least_spread)
     if spread == 0:
         return 1.0 if values.mean() == 0 else 0.0
-    return float(2 * stats.t.sf(abs(values.mean()) / (spread / math.sqrt(len(values))), len(values) - 1))
+    return float(2 * special.stdtr(len(values) - 1, -abs(values.mean()) / (spread / math.sqrt(len(values)))))
 
 
-def resolution_spread(values: Sequence[float]) -> float:
-    """Standard deviation of rounding to the smallest step seen between ``values``.
+def step_of(values: Sequence[float], examples: int) -> float:
+    """The step in which a metric over ``examples`` comes: 1 / examples if all values are multiples of it, else 0.
 
-    An accuracy on 1,000 examples comes in steps of 0.001: a few seeds then often differ by exactly as much, which
-    must not pass for certainty.
+    >>> step_of([0.95, 0.94], 100), step_of([0.9512, 0.94], 100)
+    (0.01, 0.0)
     """
-    steps = np.diff(np.unique(np.round(np.asarray(values, dtype=float), 7)))
-    return float(steps.min() / math.sqrt(12)) if len(steps) else 0.0
+    counts = np.asarray(values, dtype=float) * examples
+    return 1 / examples if len(counts) and np.abs(counts - counts.round()).max() < 1e-3 else 0.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -84,17 +83,22 @@ class Paired:
     missed: int
 
 
-def paired(method: Sequence[float | None], baseline: Sequence[float | None], direction: str) -> Paired:
+def paired(
+    method: Sequence[float | None], baseline: Sequence[float | None], direction: str, examples: int = 0
+) -> Paired:
     """Compare metric values seed by seed; None marks a failed run.
 
     A run that failed where the baseline's finished is worse than any value: it is counted in ``missed`` and leaves
     no lower end to the interval. A seed on which the baseline failed says nothing about the method and is left out.
+
+    An accuracy over ``examples`` comes in steps of 1 / examples: a few seeds then often differ by exactly as much,
+    which must not pass for certainty. No spread below one step is believed.
     """
     sign = 1.0 if direction == "max" else -1.0
     pairs = [(m, b) for m, b in zip(method, baseline, strict=True) if b is not None]
     gains = [sign * (m - b) for m, b in pairs if m is not None]
     missed = sum(m is None for m, _ in pairs)
-    least = resolution_spread([value for pair in pairs for value in pair if value is not None])
+    least = step_of([value for pair in pairs for value in pair if value is not None], examples) if examples else 0.0
     mean, low, high = mean_interval(gains, least_spread=least)
     p = p_value(gains, least)
     if missed:
