@@ -135,3 +135,16 @@ def test_run_quick_prints_the_verdict_and_draws(tmp_path):
     assert status == 0, err
     assert "verdict:" in out and "its verdict means nothing" in out
     assert (tmp_path / "adamp.png").stat().st_size > 5000
+
+
+def test_a_task_that_cannot_be_trained_says_why(tmp_path):
+    source = "import dataclasses, torch, my_task\n"
+    source += "task = dataclasses.replace(my_task.task, model=lambda: torch.nn.Linear(5, 2))\n"
+    source += "nan = dataclasses.replace(my_task.task, loss=lambda o, t: my_task.task.loss(o, t) * float('nan'))\n"
+    (tmp_path / "bad.py").write_text(source)
+    (tmp_path / "my_task.py").write_text((HERE / "my_task.py").read_text())
+    for name, why in (("task", "RuntimeError: mat1 and mat2 shapes cannot be multiplied"), ("nan", "diverged")):
+        words = ["--methods", "adamp", "--trials", "2", "--seeds", "2", "--steps", "3", "--engine", "sequential"]
+        status, out, err = assay("compare", "--task", f"{tmp_path}/bad.py:{name}", *words, "--out", tmp_path / name)
+        assert status == 1 and f"adamp: {'error: ' if name == 'task' else ''}{why}" in out, out + err
+        assert "no effect" not in out

@@ -137,6 +137,8 @@ def compare(
     if result.interrupted:
         typer.echo("Interrupted: what was finished is shown; the same command goes on from here.", err=True)
         raise typer.Exit(130)
+    if not result.table[0]["seeds"]:
+        raise typer.Exit(1)  # without a baseline nothing was compared; the table says why
 
 
 @app.command()

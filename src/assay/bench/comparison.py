@@ -146,8 +146,13 @@ class Comparison:
         """Whether every run of the arm ended in exactly the weights of the baseline's run of that trial and seed."""
         pairs = []
         for phase in ("tune", "report"):
-            base = {(r["trial"], r["seed"]): r.get("fingerprint") for r in self.of(self.settings.baseline, phase)}
-            mine = {(r["trial"], r["seed"]): r.get("fingerprint") for r in self.of(arm, phase)}
+            base, mine = (
+                {
+                    (r["trial"], r["seed"]): r["fingerprint"] if r["status"] == FINISHED else ""
+                    for r in self.of(a, phase)
+                }
+                for a in (self.settings.baseline, arm)
+            )
             pairs += [(base[run], mine[run]) for run in mine if run in base]
         return arm != self.settings.baseline and bool(pairs) and all(a and a == b for a, b in pairs)
 

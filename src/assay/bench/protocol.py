@@ -23,7 +23,6 @@ from assay.bench.spec import Spec, parse_specs
 from assay.bench.tasks import Task
 
 TUNING_SEED = 1
-FIRST_REPORT_SEED = 100
 __all__ = ["Comparison", "Progress", "compare"]
 
 Progress = Callable[[str, int, int, Comparison], None]

@@ -94,6 +94,9 @@ def print_comparison(comparison: Comparison) -> None:
             "; ".join(wording.flags(row)),
         )
     console.print(table)
+    for row in comparison.table:
+        if row["failure"]:
+            console.print(f"{row['method']}: {row['failure']}", highlight=False, markup=False, soft_wrap=True)
     console.print()
 
 
