@@ -111,7 +111,14 @@ def test_an_engine_that_is_not_installed_names_the_command(monkeypatch):
 def test_a_method_without_effect_says_so():
     result = assay.compare(task, "adamw(betas=(0.9, 0.999))", **FAST)
     assert result.table[1]["no_effect"]
-    assert result.table[1]["verdict"] == "cannot tell"
+    assert result.table[1]["verdict"] == result.table[1]["verdict_equal_seconds"] == "cannot tell"
+    assert not result.of(result.settings.arms[1], "seconds")
+
+
+def test_a_method_that_cannot_be_applied_has_failed_and_is_not_worse():
+    result = assay.compare(replace(task, classes=None), "ps-kd", trials=0, seeds=2, steps=5, engine="sequential")
+    assert result.table[1]["verdict"] == "failed"
+    assert "ps-kd needs a classification task" in result.table[1]["failure"]
 
 
 def test_defaults_only():

@@ -15,7 +15,7 @@ from assay.bench.records import Records, write_text
 from assay.bench.statistics import Paired, holm, mean_interval, paired, verdicts
 
 FIRST_REPORT_SEED = 100
-FINISHED = "finished"
+FINISHED, FAILED = "finished", "failed"
 _SAME_SPEED = 0.03
 
 
@@ -76,8 +76,7 @@ class Comparison:
         """Whether every arm that could be selected was run on every report seed, and at equal seconds where asked."""
         wanted = [("report", arm) for arm in self.settings.arms if selected_trial(self, arm) is not None]
         if self.settings.equal_seconds:
-            others = [arm for arm in self.settings.arms[1:] if seconds_factor(self, arm) not in (None, 1.0)]
-            wanted += [("seconds", arm) for arm in others]
+            wanted += [("seconds", arm) for arm in self.settings.arms[1:] if self.needs_seconds(arm)]
         return not self.interrupted and all(len(self.of(arm, phase)) == self.settings.seeds for phase, arm in wanted)
 
     @property
@@ -91,6 +90,8 @@ class Comparison:
                 found = {"gain": result.gain, "low": result.low, "high": result.high, "p": p, "verdict": verdict}
                 if row["no_effect"]:  # equal weights: the difference is known, not estimated
                     found |= {"gain": 0.0, "low": 0.0, "high": 0.0}
+                if row["inapplicable"]:  # it was never trained: that is no bad result
+                    found |= {"verdict": FAILED}
                 row.update({f"{name}{suffix}": _number(value) for name, value in found.items()})
         return rows
 
@@ -103,12 +104,16 @@ class Comparison:
     def paired(self, arm: str, phase: str = "report") -> Paired:
         """The arm against the baseline on the test data, seed by seed (or at equal seconds)."""
         base = _by_seed(self.of(self.settings.baseline, "report"))
-        if phase == "seconds" and seconds_factor(self, arm) == 1.0:
+        if phase == "seconds" and not self.needs_seconds(arm):
             phase = "report"
         mine = _by_seed(self.of(arm, phase))
         seeds = [seed for seed in self.settings.report_seeds if seed in base and seed in mine]
         settings = self.settings
         return paired([mine[s] for s in seeds], [base[s] for s in seeds], settings.direction, settings.test_examples)
+
+    def needs_seconds(self, arm: str) -> bool:
+        """Whether equal seconds want runs of their own: not at the baseline's speed, and not with its very weights."""
+        return seconds_factor(self, arm) not in (None, 1.0) and not self.no_effect(arm)
 
     def _row(self, arm: str) -> dict[str, Any]:
         report, tuning = self.of(arm, "report"), self.of(arm, "tune")
@@ -129,6 +134,7 @@ class Comparison:
             "failed_trials": sum(r["status"] != FINISHED for r in tuning),
             "failure": _failure(failures),
             "no_effect": self.no_effect(arm),
+            "inapplicable": bool(report) and all(r["status"] == "error" for r in report),
             "selected_trial": trial,
             "selected": selected,
             "seconds": _median(r["seconds"] for r in finished),

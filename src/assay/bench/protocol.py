@@ -162,7 +162,7 @@ class _Plan:
         for seed in self.settings.report_seeds:
             for arm in self.arms[1:]:
                 trial, factor = selected_trial(comparison, arm.name), seconds_factor(comparison, arm.name)
-                if trial is not None and factor not in (None, 1.0):
+                if trial is not None and comparison.needs_seconds(arm.name):
                     yield self._job(arm, "seconds", trial, seed, self.budget.scaled(factor or 1.0))
 
     def _job(self, arm: Arm, phase: str, trial: int, seed: int, budget: Budget) -> Job:
