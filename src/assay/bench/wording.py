@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from assay.bench.comparison import Comparison
+from assay.bench.comparison import FAILED, Comparison
 from assay.bench.statistics import BETTER, OPEN, WORSE, seeds_to_settle
 
 NONE = "–"
-FAILED, NO_EFFECT, PENDING, BASELINE = "failed", "no effect", "not measured", "baseline"
-"""Outcomes of an arm besides the three verdicts: nothing finished, the baseline's very weights, not run (yet)."""
+NO_EFFECT, PENDING, BASELINE = "no effect", "not measured", "baseline"
+"""Outcomes of an arm besides the verdicts and FAILED: the very weights of the baseline, not run, being it."""
 
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _NAMED_AT_MOST = 3
