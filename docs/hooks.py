@@ -50,7 +50,7 @@ def _index() -> str:
 
 
 def _page(card: Card, found: Any) -> str:
-    names = ", ".join(f"`assay.{card.family}.{name}`" for name in card.public)
+    names = ", ".join(f"`{path}`" for path in card.paths)
     source = f"[arXiv {card.arxiv}](https://arxiv.org/abs/{card.arxiv})"
     lines = [
         card.body.partition("\n")[0] if card.body.startswith("# ") else f"# {card.name}",

@@ -1,4 +1,4 @@
-"""Write what is made from the cards: the README's table of methods and the families' stubs for editors.
+"""Write what is made from the cards: the README's table of methods and the packages' stubs for editors.
 
 python scripts/generate.py           write
 python scripts/generate.py --check   exit with 1 and say so if something is out of date
@@ -44,17 +44,15 @@ def readme() -> str:
     return f"{head}{BEGIN}\n{table()}\n{END}{tail}"
 
 
-def stub(package: str, family: str, submodule: str = "") -> str:
-    """Static imports of the names that a family finds lazily, for type checkers and editors."""
-    imports = [
-        f"from {card.module} import {name} as {name}" for name, card in catalogue.public_names(family, submodule)
-    ]
+def stub(package: str) -> str:
+    """Static imports of the names that a package finds lazily, for type checkers and editors."""
+    imports = [f"from {card.module} import {name} as {name}" for name, card in catalogue.public_names(package)]
     imports += [f"from {module} import {name} as {name}" for name, module in shared_names(package).items()]
     return "\n".join(["# Made from the cards by 'make generate'.", *sorted(imports)]) + "\n"
 
 
 def shared_names(package: str) -> dict[str, str]:
-    """The ``shared`` argument of ``exports(...)`` in a family's package."""
+    """The ``shared`` argument of ``exports(...)`` in a package."""
     path = ROOT / "src" / Path(*package.split("."))
     source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
@@ -66,12 +64,10 @@ def shared_names(package: str) -> dict[str, str]:
 def outputs() -> dict[Path, str]:
     """Every generated file with the text that it should have."""
     files = {ROOT / "README.md": readme()}
-    for package in sorted({card.family for card in catalogue.cards()}):
-        folder = catalogue.SOURCE / package
-        files[folder / "__init__.pyi"] = stub(f"assay.{package}", package)
-        for path in folder.glob("[a-z]*.py"):
-            if "exports(" in path.read_text(encoding="utf-8"):
-                files[path.with_suffix(".pyi")] = stub(f"assay.{package}.{path.stem}", package, path.stem)
+    for path in [*catalogue.SOURCE.glob("*/__init__.py"), *catalogue.SOURCE.glob("*/[a-z]*.py")]:
+        if "= exports(" in path.read_text(encoding="utf-8"):
+            module = path.parent if path.stem == "__init__" else path.with_suffix("")
+            files[path.with_suffix(".pyi")] = stub(".".join(("assay", *module.relative_to(catalogue.SOURCE).parts)))
     return files
 
 

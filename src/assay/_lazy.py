@@ -10,21 +10,21 @@ from assay import catalogue
 
 
 def exports(
-    package: str, family: str, *, submodule: str = "", shared: Mapping[str, str] | None = None
+    package: str, *, shared: Mapping[str, str] | None = None
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """``__getattr__``, ``__dir__`` and ``__all__`` of a family's package.
+    """``__getattr__``, ``__dir__`` and ``__all__`` of a package whose names the cards promise.
 
     ``shared`` maps names that belong to no single method to the module that defines them.
     """
     shared = dict(shared or {})
 
     def names() -> list[str]:
-        return sorted({name for name, _ in catalogue.public_names(family, submodule)} | shared.keys())
+        return sorted({name for name, _ in catalogue.public_names(package)} | shared.keys())
 
     def getattr_(name: str) -> Any:
         if name in shared:
             return getattr(importlib.import_module(shared[name]), name)
-        for public, card in catalogue.public_names(family, submodule):
+        for public, card in catalogue.public_names(package):
             if public == name:
                 return card.load(name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")

@@ -40,6 +40,8 @@ class UnknownMethod(ValueError):
 class Card:
     """What a card's front matter says of a method.
 
+    ``public`` are the names that users import: from ``assay.<family>``, from a module in it (``functional.name``), or,
+    where another family's users would look for it, by the whole path (``assay.metrics.global_auc``).
     ``apply`` names a function ``Recipe -> Recipe`` of the room; without it ``piece`` is put at the card's seam in the
     usual way of that seam. ``space`` maps a tunable option to its default and its sampler (see ``bench.space``).
     """
@@ -68,6 +70,11 @@ class Card:
         """Dotted name of the room's main module, ``assay.optim.adamp.adamp``."""
         inside = self.folder.relative_to(SOURCE).parts
         return ".".join(("assay", *inside, inside[-1]))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The public names with the packages that offer them, ``assay.optim.AdamP``."""
+        return tuple(name if name.startswith("assay.") else f"assay.{self.family}.{name}" for name in self.public)
 
     def files(self) -> dict[str, Path]:
         """The five files that make a complete room, by role."""
@@ -141,10 +148,10 @@ def _matches(card: Card, pattern: str) -> bool:
     return any(fnmatchcase(word, pattern) if glob else pattern in word for word in words)
 
 
-def public_names(family: str, submodule: str = "") -> Iterator[tuple[str, Card]]:
-    """Pairs (name, card) that ``assay.<family>`` (or ``assay.<family>.<submodule>``) offers."""
+def public_names(package: str) -> Iterator[tuple[str, Card]]:
+    """Pairs (name, card) that a package such as ``assay.optim`` or ``assay.nn.functional`` offers."""
     for card in cards():
-        for name in card.public:
-            owner, _, last = name.rpartition(".")
-            if card.family == family and owner == submodule:
-                yield last, card
+        for path in card.paths:
+            owner, _, name = path.rpartition(".")
+            if owner == package:
+                yield name, card

@@ -53,8 +53,7 @@ def show(method: Annotated[str, typer.Argument(help="A method's id, as 'assay li
     console = Console()
     console.print(f"[bold]{card.id}[/] · {card.family} · {card.kind}" + (f" · {card.seam}" if card.seam else ""))
     console.print(f"{card.paper} ({card.authors}, {card.year}), arXiv {card.arxiv}", highlight=False)
-    home = f"assay.{card.family}"
-    console.print("public: " + ", ".join(f"{home}.{name}" for name in card.public), highlight=False)
+    console.print("public: " + ", ".join(card.paths), highlight=False)
     for option, sampler in card.space.items():
         kind = next(name for name in sampler if name != "default")
         console.print(f"tunable: {option} = {sampler['default']} ({kind} {sampler[kind]})", highlight=False)

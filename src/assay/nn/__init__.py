@@ -3,5 +3,10 @@
 from assay._lazy import exports
 
 __getattr__, __dir__, __all__ = exports(
-    __name__, "nn", shared={"swap": "assay.nn._swap", "NoEffectWarning": "assay.nn._swap"}
+    __name__,
+    shared={
+        "NoEffectWarning": "assay.nn._swap",
+        "ProjectionHead": "assay.nn._projection",
+        "swap": "assay.nn._swap",
+    },
 )

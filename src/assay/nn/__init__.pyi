@@ -1,4 +1,5 @@
 # Made from the cards by 'make generate'.
+from assay.nn._projection import ProjectionHead as ProjectionHead
 from assay.nn._swap import NoEffectWarning as NoEffectWarning
 from assay.nn._swap import swap as swap
 from assay.nn.batch_group_norm.batch_group_norm import BatchGroupNorm1d as BatchGroupNorm1d

@@ -2,4 +2,4 @@
 
 from assay._lazy import exports
 
-__getattr__, __dir__, __all__ = exports(__name__, "optim")
+__getattr__, __dir__, __all__ = exports(__name__)

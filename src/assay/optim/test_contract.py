@@ -16,7 +16,7 @@ from assay.optim._rule import RuleOptimizer
 
 
 def optimizers():
-    for name, card in catalogue.public_names("optim"):
+    for name, card in catalogue.public_names("assay.optim"):
         found = card.load(name)
         if inspect.isclass(found) and issubclass(found, torch.optim.Optimizer):
             test = importlib.import_module(f"{card.module.rpartition('.')[0]}.test_{card.folder.name}")

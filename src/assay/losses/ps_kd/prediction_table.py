@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from assay._distributed import rows_by_rank
 
 
 class PredictionTable(nn.Module):
@@ -73,8 +74,7 @@ class PredictionTable(nn.Module):
         if self.topk:
             top = rows.topk(self.topk, dim=1)
             parts = [top.values.to(self.values.dtype), top.indices]
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            indices, *parts = _gather([indices.to(rows.device), *parts])
+        indices, *parts = (torch.cat(rows_by_rank(part)) for part in (indices.to(rows.device), *parts))
         indices = indices.to(self.values.device)
         kept = _last_of_each(indices)
         for buffer, part in zip((self.values, self.classes) if self.topk else (self.values,), parts, strict=True):
@@ -96,22 +96,3 @@ def _last_of_each(indices: Tensor) -> Tensor:
     _, group = indices.unique(return_inverse=True)
     order = torch.arange(len(indices), device=indices.device)
     return order.new_zeros(len(indices)).scatter_reduce(0, group, order, "amax", include_self=False)[group].unique()
-
-
-def _gather(parts: list[Tensor]) -> list[Tensor]:
-    """The rows of all processes, in the order of ranks; they may bring different numbers of rows."""
-    count = torch.tensor([len(parts[0])], device=parts[0].device)
-    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, count)
-    sizes = [int(c) for c in counts]
-    gathered = []
-    for part in parts:
-        padded = part.new_zeros(max(sizes), *part.shape[1:])
-        padded[: len(part)] = part
-        # Bytes, because the backends do not know every dtype.
-        sent = padded.view(torch.uint8) if part.dim() > 1 else padded
-        received = [torch.empty_like(sent) for _ in sizes]
-        dist.all_gather(received, sent)
-        rows = [r.view(part.dtype)[:size] for r, size in zip(received, sizes, strict=True)]
-        gathered.append(torch.cat(rows))
-    return gathered
