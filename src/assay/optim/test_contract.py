@@ -13,15 +13,38 @@ from assay.optim import _rule
 from assay.optim._contract import CHECKS, EXACT, gradients, parameters, same, walk
 from assay.optim._many import Many
 from assay.optim._rule import RuleOptimizer
+from assay.optim._wrapper_contract import WRAPPER_CHECKS
+
+
+def rooms():
+    for card in catalogue.search(family="optim"):
+        yield card, importlib.import_module(f"{card.module.rpartition('.')[0]}.test_{card.folder.name}")
 
 
 def optimizers():
-    for name, card in catalogue.public_names("assay.optim"):
-        found = card.load(name)
-        if inspect.isclass(found) and issubclass(found, torch.optim.Optimizer):
-            test = importlib.import_module(f"{card.module.rpartition('.')[0]}.test_{card.folder.name}")
-            example = getattr(test, "EXAMPLE", {}).get(name, {})
-            yield pytest.param(functools.partial(found, **example) if example else found, id=name)
+    for card, test in rooms():
+        for name in (name for name, owner in catalogue.public_names("assay.optim") if owner is card):
+            found = card.load(name)
+            if inspect.isclass(found) and issubclass(found, torch.optim.Optimizer) and name not in wrappers_of(test):
+                example = getattr(test, "EXAMPLE", {}).get(name, {})
+                yield pytest.param(functools.partial(found, **example) if example else found, id=name)
+
+
+def wrappers_of(test):
+    """Optimizers around others, and those whose step takes more than gradients: they are held to their own checks."""
+    return {**getattr(test, "WRAPPERS", {}), **dict.fromkeys(getattr(test, "OWN_STEP", ()))}
+
+
+def wrappers():
+    for _, test in rooms():
+        for name, make in getattr(test, "WRAPPERS", {}).items():
+            yield pytest.param(make, id=name)
+
+
+@pytest.mark.parametrize("check", WRAPPER_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("make", list(wrappers()))
+def test_wrapper(make, check):
+    check(make)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -1,19 +1,21 @@
 """Rules on sharded and replicated parameters: two processes on this machine give what one would."""
 
+import importlib
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from assay import catalogue
 from assay._processes import run_on_two
-from assay.optim import SGDP, AdaGradNorm, AdamP
 
-OPTIONS = {
-    "adamp": (AdamP, {"lr": 0.01, "weight_decay": 0.1}),
-    "adamp, always": (AdamP, {"lr": 0.01, "weight_decay": 0.1, "delta": 100.0}),
-    "sgdp": (SGDP, {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1}),
-    "adagradnorm": (AdaGradNorm, {"lr": 0.3, "weight_decay": 0.1}),
-}
+
+def offered():
+    """(optimizer, options) that the rooms' test files list under ``DISTRIBUTED``."""
+    for card in catalogue.search(family="optim"):
+        test = importlib.import_module(f"{card.module.rpartition('.')[0]}.test_{card.folder.name}")
+        yield from getattr(test, "DISTRIBUTED", [])
 
 
 def network() -> nn.Module:
@@ -24,10 +26,15 @@ def network() -> nn.Module:
 
 def train(model: nn.Module, make, options, inputs: torch.Tensor, steps: int = 5) -> nn.Module:
     optimizer = make(model.parameters(), **options)
-    for _ in range(steps):
+
+    def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        model(inputs).square().mean().backward()
-        optimizer.step()
+        loss = model(inputs).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
     return model
 
 
@@ -37,7 +44,7 @@ def whole_batch() -> torch.Tensor:
 
 def check(rank: int, kind: str) -> None:
     """This process's part of training on two, for every optimizer."""
-    for make, options in OPTIONS.values():
+    for make, options in offered():
         expected = train(network(), make, options, whole_batch()).state_dict()
         part = whole_batch().chunk(2)[rank]
         if kind == "ddp":
@@ -50,7 +57,7 @@ def check(rank: int, kind: str) -> None:
             model = train(fully_shard(network(), mesh=mesh), make, options, part)
             found = {key: value.full_tensor() for key, value in model.state_dict().items()}
         for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-11, msg=f"{make.__name__} {options} {key}")
+            torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-11, msg=f"{make} {options} {key}")
 
 
 @pytest.mark.parametrize("kind", ["fsdp2", "ddp"])

@@ -14,12 +14,20 @@ from torch.utils.data import TensorDataset
 from assay.bench import Bench, Budget, fit
 from assay.bench.arms import DEFAULT_RECIPE
 from assay.bench.tasks import Task
-from assay.optim import AdaptiveBatchSize, augmented_inner_product_test, coordinate_norm_test, gradient_moments
+from assay.optim import (
+    AdaGradNorm,
+    AdaptiveBatchSize,
+    augmented_inner_product_test,
+    coordinate_norm_test,
+    gradient_moments,
+)
 from assay.optim.adadagrad.adadagrad import apply
 from assay.optim.adadagrad.batch_tests import MOMENT_TESTS
 from assay.optim.adadagrad.claim import claim
 from assay.optim.adadagrad.test_batch_tests import FOUR, gradients
 from assay.optim.adadagrad.test_sampler import saved
+
+DISTRIBUTED = [(AdaGradNorm, {"lr": 0.3, "weight_decay": 0.1})]
 
 
 @settings(max_examples=50, deadline=None)

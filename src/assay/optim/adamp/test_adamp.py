@@ -15,6 +15,11 @@ from assay.optim._contract import gradients, parameters, same, walk
 from assay.optim.adamp import claim as room
 
 EPS = 1e-8
+DISTRIBUTED = [
+    (AdamP, {"lr": 0.01, "weight_decay": 0.1}),
+    (AdamP, {"lr": 0.01, "weight_decay": 0.1, "delta": 100.0}),
+    (SGDP, {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1}),
+]
 
 
 def project(p, g, u, delta, wd_ratio, eps):
