@@ -14,20 +14,15 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import math
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import bandwidth, conditions, in_turns, seconds, transient_bytes
 from torch import nn
 
 from assay.bench.loop import state_bytes
-from assay.bench.records import environment
 from assay.optim import SGDP, AdamP
 from assay.optim._rule import RuleOptimizer
 
@@ -99,35 +94,6 @@ def candidates() -> Iterator[tuple[str, Make, bool, int]]:
         yield f"{module.partition('.')[0]} {name}, projecting", functools.partial(peer, **options), True, 36
 
 
-def transient_bytes(step: Callable[[], Any]) -> int:
-    """The most that one call has allocated at a time, from the allocator's own events."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def bandwidth() -> float:
-    """Bytes a second of an operation in place on 100 MB, the best of several."""
-    x = torch.ones(25_000_000)
-    best = math.inf
-    for _ in range(7):
-        start = time.process_time()
-        x.mul_(1.0)
-        best = min(best, time.process_time() - start)
-    return 2 * x.numel() * 4 / best
-
-
-def timed(optimizer: torch.optim.Optimizer) -> float:
-    start = time.process_time()
-    optimizer.step()
-    return time.process_time() - start
-
-
 def measure(pairs: int, only: list[str], compile: bool) -> list[dict[str, Any]]:
     """Each candidate in turn with torch's foreach AdamW, A B A B; only two sets of parameters live at a time."""
     torch.set_num_threads(1)
@@ -141,11 +107,10 @@ def measure(pairs: int, only: list[str], compile: bool) -> list[dict[str, Any]]:
             optimizer = make(params)
             if compiled:
                 optimizer.param_groups[0]["compile"] = True
-            row = {"name": name + (", compiled" if compiled else ""), "moved": moved, "first": timed(optimizer)}
+            row = {"name": name + (", compiled" if compiled else ""), "moved": moved, "first": seconds(optimizer.step)}
             row["transient"] = transient_bytes(optimizer.step)
-            timed(reference)
-            times = [(timed(reference), timed(optimizer)) for _ in range(pairs)]
-            row["base"], row["times"] = map(list, zip(*times, strict=True))
+            seconds(reference.step)
+            row["times"] = in_turns(reference.step, optimizer.step, pairs)
             row["state"], row["count"] = state_bytes(optimizer), sum(p.numel() for p in params)
             rows.append(row)
             del reference, params, optimizer
@@ -154,21 +119,17 @@ def measure(pairs: int, only: list[str], compile: bool) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     count, speed = rows[0]["count"], bandwidth()
-    malloc = "reuse" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "default"
     lines = [
-        f"{count / 1e6:.2f} million float32 parameters in {len(shapes())} tensors; one thread; "
-        f"{len(rows[0]['times'])} pairs; malloc: {malloc}; "
-        f"best bandwidth in place {speed / 1e9:.0f} GB/s; {environment()['machine']['processor']}, "
-        f"torch {torch.__version__}, Python {platform.python_version()}.",
+        f"{count / 1e6:.2f} million float32 parameters in {len(shapes())} tensors; "
+        f"best bandwidth in place {speed / 1e9:.0f} GB/s. {conditions(len(rows[0]['times'].mine))}",
         "",
         "| optimizer | min | median | bound | state, B/param | transient, B/param | first step, s |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        bound = row["moved"] * count / speed / min(row["base"])
-        middle = statistics.median(mine / base for mine, base in zip(row["times"], row["base"], strict=True))
+        bound = row["moved"] * count / speed / min(row["times"].base)
         lines.append(
-            f"| {row['name']} | {min(row['times']) / min(row['base']):.2f} | {middle:.2f} | {bound:.2f} | "
+            f"| {row['name']} | {row['times'].minimum:.2f} | {row['times'].median:.2f} | {bound:.2f} | "
             f"{row['state'] / count:.2f} | {row['transient'] / count:.2f} | {row['first']:.2f} |"
         )
     return "\n".join(lines)
