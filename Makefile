@@ -24,6 +24,7 @@ claims: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/optim.py
+	$(BIN)/python benchmarks/losses.py
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -25,7 +25,8 @@ def on_config(config: Any) -> Any:
         {"Use one": "use.md"},
         {"Choose one": "compare.md"},
         {"Trust one": "claims.md"},
-        {"Speed": [{"Optimizers": "speed-optim.md"}]},
+        {"Beside other libraries": "interoperate.md"},
+        {"Speed": [{"Optimizers": "speed-optim.md"}, {"Losses and data": "speed-losses.md"}]},
         {"Methods": methods},
     ]
     return config
