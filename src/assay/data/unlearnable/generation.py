@@ -153,12 +153,13 @@ class Generation:
 def fetch(dataset: Any, positions: list[int]) -> tuple[Tensor, Any]:
     """Images (b, ...), uint8 or floating point in [0, 1], and labels, on the CPU."""
     if type(dataset) is TensorDataset:
-        rows: list[Any] = []
         images, labels = as_image(dataset[positions]), dataset.tensors[1][positions]
     else:
         rows = examples(dataset, positions)
         images = torch.stack([as_image(row) for row in rows])
         labels = default_collate([row[1] for row in rows])
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"dataset yields labels that collate to a {type(labels).__name__}, not to a tensor")
     if images.is_floating_point() and not bool(((images >= 0) & (images <= 1)).all()):
         reach = f"images reach from {images.min():.4g} to {images.max():.4g}"
         raise ValueError(f"{reach}: they lie in [0, 1], before any normalization, which belongs into the model")
