@@ -33,7 +33,7 @@ def pgd(
     bounds: Bounds = (0, 1),
     loss_fn: Loss = F.cross_entropy,
     generator: torch.Generator | None = None,
-    projection: str = "euclidean",
+    projection: str = "radial",
 ) -> Tensor:
     """Projected gradient ascent (``direction=1``) or descent (-1) of the loss, over inputs near ``x``.
 
@@ -41,7 +41,7 @@ def pgd(
 
         g = d loss_fn(model(z), y) / d z
         z = z + direction * step_size * u(g)      u = sign(g) for linf, g / ||g||_2 for l2, g / ||g||_1 for l1
-        z = x + (z - x projected onto the ball of ``radius``), clipped to ``bounds``
+        z = x + (z - x brought back into the ball of ``radius``), clipped to ``bounds``
 
     each example in a ball of its own, for which all of its entries count. Only the inputs are differentiated: the
     model's weights, gradients, ``requires_grad`` and buffers stay as they are. It runs in evaluation mode, and every
@@ -60,8 +60,8 @@ def pgd(
         bounds: (low, high) for every entry, numbers or tensors that broadcast; None: no limits.
         loss_fn: ``loss_fn(output, y)``; summed where it is not a scalar.
         generator: draws the start; None: torch's global one.
-        projection: for l1, ``"euclidean"``: onto the nearest point of the ball; ``"radial"``: straight towards x. The
-            two are the same for l2, and linf knows the first alone.
+        projection: for l1, ``"radial"``: straight towards x, as the authors do; ``"euclidean"``: onto the nearest point
+            of the ball, which keeps fewer entries. The two are the same for l2, and linf knows the second alone.
 
     Returns:
         A tensor like ``x``, without gradient.
@@ -71,7 +71,7 @@ def pgd(
 
     Source:
         Madry et al., arXiv 1706.06083; as used in Fu et al.: Robust Unlearnable Examples, ICLR 2022, arXiv 2203.14533.
-        The projection onto the l1 ball is that of Duchi et al., ICML 2008.
+        The euclidean projection onto the l1 ball is that of Duchi et al., ICML 2008.
 
     Example:
         >>> import torch
