@@ -32,36 +32,37 @@ _MOST_COARSE = 4096
 
 
 @torch.library.custom_op("assay::mw_binned_sums", mutates_args=())
-def binned_sums(positives: Tensor, cells: Tensor, excluded: Tensor, temperature: float) -> Tensor:
-    """As :func:`pair_sums`, with the negatives given as all ``cells`` without those equal to ``excluded``."""
+def binned_sums(positives: Tensor, cells: Tensor, holes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """As :func:`pair_sums`, with the negatives given as all ``cells`` except ``cells.flatten()[holes]``.
+
+    The second result is what backward needs: minus the slope of the sums with respect to each positive.
+    """
     grid = _Grid.over(positives, cells, temperature)
     if grid is None:
-        return pair_sums(positives, cells, temperature, None) - pair_sums(positives, excluded, temperature, None)
-    moments = grid.spread(cells) - grid.spread(excluded)
-    field = grid.field(moments, lambda x: F.softplus(-x, threshold=50))
-    return grid.evaluate(field, positives)
+        negatives, ones = _without(cells, holes), torch.ones_like(positives)
+        slopes = -pair_gradients(ones, positives, negatives, temperature, None)[0]
+        return pair_sums(positives, negatives, temperature, None), slopes
+    moments = grid.spread(cells) - grid.spread(cells.flatten()[holes])
+    sums = grid.field(moments, lambda x: F.softplus(-x, threshold=50))
+    slopes = grid.field(moments, lambda x: torch.sigmoid(-x) / temperature)
+    return grid.evaluate(sums, positives), grid.evaluate(slopes, positives)
 
 
-@torch.library.custom_op("assay::mw_binned_gradients", mutates_args=())
-def binned_gradients(
-    weights: Tensor, positives: Tensor, cells: Tensor, excluded: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``(weights * binned_sums).sum()`` with respect to positives, cells and excluded."""
+@torch.library.custom_op("assay::mw_binned_gradient", mutates_args=())
+def binned_gradient(weights: Tensor, positives: Tensor, cells: Tensor, holes: Tensor, temperature: float) -> Tensor:
+    """Gradient of ``(weights * binned_sums).sum()`` with respect to the cells."""
     grid = _Grid.over(positives, cells, temperature)
     if grid is None:
-        at_positives, at_cells = pair_gradients(weights, positives, cells, temperature, None)
-        too_much, at_excluded = pair_gradients(weights, positives, excluded, temperature, None)
-        return at_positives - too_much, at_cells, -at_excluded
-    moments = grid.spread(cells) - grid.spread(excluded)
-    of_negatives = grid.field(moments, lambda x: torch.sigmoid(-x))
-    of_positives = grid.field(grid.spread(positives, weights / temperature), torch.sigmoid)
-    at_positives = -weights / temperature * grid.evaluate(of_negatives, positives)
-    return at_positives, grid.evaluate(of_positives, cells), -grid.evaluate(of_positives, excluded)
+        every = pair_gradients(weights, positives, cells.flatten(), temperature, None)[1]
+    else:
+        field = grid.field(grid.spread(positives, weights), lambda x: torch.sigmoid(x) / temperature)
+        every = grid.evaluate(field, cells)
+    return every.view(-1).index_fill_(0, holes, 0.0).view(cells.shape)
 
 
 @dataclass(frozen=True)
 class _Grid:
-    """Fine bins [k, k + 1) / scale for k = start, ..., in ``coarse`` groups of 256; kernels see x / temperature."""
+    """Fine bins about k / scale for k = start, ..., in ``coarse`` groups of 256; kernels see x / temperature."""
 
     start: int
     scale: float
@@ -74,18 +75,18 @@ class _Grid:
         if not (positives.numel() and cells.numel()):
             return None
         scale = 2.0 ** math.ceil(math.log2(_FINE_PER_TEMPERATURE / temperature))
-        bounds = torch.stack([*positives.aminmax(), *cells.aminmax()]).double() * scale
-        low, high = bounds.min().item(), bounds.max().item()
-        if not high - low < _MOST_COARSE * _FINE:  # also where one is nan
+        bounds = torch.stack([*positives.aminmax(), *cells.aminmax()]).mul_(scale).tolist()
+        low, high = min(bounds), max(bounds)
+        if not (all(map(math.isfinite, bounds)) and high - low < (_MOST_COARSE - 1) * _FINE):
             return None
-        start = math.floor(low)
-        return cls(start, scale, -(-(math.floor(high) - start + 1) // _FINE), temperature)
+        start = round(low)
+        return cls(start, scale, -(-(round(high) - start + 1) // _FINE), temperature)
 
     def places(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The fine bin of each value, and where in it from -1/2 to 1/2."""
+        """The fine bin of each value, and where in it from -1/2 to 1/2. No step rounds: see the module."""
         scaled = values * self.scale
-        whole = scaled.floor()
-        return whole.long().sub_(self.start), scaled.sub_(whole).sub_(0.5)
+        whole = scaled.round()
+        return whole.sub(self.start).long(), scaled.sub_(whole)
 
     def spread(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
         """Moments 0, 1, 2 of the values about their bins' centres, in widths of a bin; (3, bins), double precision."""
@@ -93,10 +94,9 @@ class _Grid:
         for part, weight in zip(_pieces(values), _pieces(values if weights is None else weights), strict=True):
             index, u = self.places(part)
             u = u.double()
-            power = torch.ones_like(u) if weights is None else weight.double()
-            for moment in moments:
-                moment.scatter_add_(0, index, power)
-                power = power * u
+            power = torch.ones_like(u) if weights is None else weight.to(torch.float64, copy=True)
+            for m, moment in enumerate(moments):
+                moment.scatter_add_(0, index, power.mul_(u) if m else power)
         return moments
 
     def field(self, moments: Tensor, kernel: Callable[[Tensor], Tensor]) -> Tensor:
@@ -118,18 +118,23 @@ class _Grid:
     def evaluate(self, coefficients: Tensor, values: Tensor) -> Tensor:
         """The polynomials of ``coefficients`` (3, bins) at the values, in their shape."""
         constant, linear, square = coefficients.to(values.dtype)
-        flat = values.reshape(-1)
-        result = torch.empty_like(flat)
-        for part, out in zip(_pieces(flat), _pieces(result), strict=True):
+        result = values.new_empty(values.shape)
+        for part, out in zip(_pieces(values), _pieces(result), strict=True):
             index, u = self.places(part)
             torch.index_select(square, 0, index, out=out)
             for coefficient in (linear, constant):
                 out.mul_(u).add_(coefficient.index_select(0, index))
-        return result.view(values.shape)
+        return result
 
 
 def _pieces(x: Tensor) -> tuple[Tensor, ...]:
-    return x.reshape(-1).split(block_size(x))
+    return x.reshape(-1).split(block_size(x) // 4)  # a handful of arrays of that size are in use at a time
+
+
+def _without(cells: Tensor, holes: Tensor) -> Tensor:
+    kept = torch.ones(cells.numel(), dtype=torch.bool, device=cells.device)
+    kept[holes] = False
+    return cells.flatten()[kept]
 
 
 @functools.cache
@@ -152,24 +157,24 @@ def _interpolation() -> tuple[Tensor, Tensor]:
 
 
 @binned_sums.register_fake
-def _(positives: Tensor, cells: Tensor, excluded: Tensor, temperature: float) -> Tensor:
-    return torch.empty_like(positives)
+def _(positives: Tensor, cells: Tensor, holes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(positives), torch.empty_like(positives)
 
 
-@binned_gradients.register_fake
-def _(
-    weights: Tensor, positives: Tensor, cells: Tensor, excluded: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(positives), torch.empty_like(cells), torch.empty_like(excluded)
+@binned_gradient.register_fake
+def _(weights: Tensor, positives: Tensor, cells: Tensor, holes: Tensor, temperature: float) -> Tensor:
+    return cells.new_empty(cells.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.temperature = inputs
-    ctx.save_for_backward(*tensors)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    positives, cells, holes, ctx.temperature = inputs
+    ctx.save_for_backward(positives, cells, holes, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, weights: Tensor) -> tuple[Any, ...]:
-    return *binned_gradients(weights, *ctx.saved_tensors, ctx.temperature), None
+def _backward(ctx: Any, weights: Tensor, _: Any) -> tuple[Any, ...]:
+    positives, cells, holes, slopes = ctx.saved_tensors
+    return -weights * slopes, binned_gradient(weights, positives, cells, holes, ctx.temperature), None, None
 
 
 binned_sums.register_autograd(_backward, setup_context=_keep)

@@ -59,7 +59,7 @@ def mw_loss(
             equation 3), which grows with the batch; ``"none"``: for each positive the mean over all negatives, (B,),
             or with ``positive_mask`` in the order of ``scores[positive_mask]``. Without any pair the loss is 0.
         chunk_size: how many positives are compared with all negatives at a time, at least 1: memory is about
-            3 * chunk_size * |S-| numbers, forward and backward. None: pieces of fixed size (2^18 pairs on a CPU, 2^24
+            3 * chunk_size * |S-| numbers, forward and backward. None: pieces of fixed size (2^17 pairs on a CPU, 2^24
             on a GPU), also of the negatives. The value does not depend on it.
         pairs: ``"exact"`` looks at each of the |S+| |S-| pairs. ``"binned"`` puts scores into bins and never forms a
             pair: each l is off by less than 3e-8, and its slope in s / temperature by less than 3e-8; the time grows
@@ -135,29 +135,29 @@ def contrastive_loss(scores: Tensor, target: Tensor | None = None, *, temperatur
 
 @dataclass(frozen=True)
 class _Pool:
-    """The positives (P,), and the negatives as all ``cells`` without the values ``excluded``."""
+    """The positives (P,), and the negatives: all ``cells`` except ``cells.flatten()[holes]``."""
 
     positives: Tensor
     cells: Tensor
-    excluded: Tensor
+    holes: Tensor
 
     @classmethod
     def by_target(cls, scores: Tensor, target: Tensor, pairs: str) -> _Pool:
         positives = scores.gather(1, target[:, None]).squeeze(1)
-        if pairs == "binned":  # moments can be taken back: no copy of the matrix
-            return cls(positives, scores, positives)
+        if pairs == "binned":  # no copy of the matrix: what a positive adds to the bins can be taken back
+            return cls(positives, scores, target + scores.shape[1] * torch.arange(len(target), device=target.device))
         columns = torch.arange(scores.shape[1] - 1, device=scores.device)
         others = columns + (columns >= target[:, None])
-        return cls(positives, scores.gather(1, others).flatten(), positives[:0])
+        return cls(positives, scores.gather(1, others).flatten(), target[:0])
 
     @classmethod
     def by_mask(cls, scores: Tensor, positive: Tensor, negative: Tensor) -> _Pool:
-        positives = scores[positive]
-        return cls(positives, scores[negative], positives[:0])
+        none = torch.empty(0, dtype=torch.int64, device=scores.device)
+        return cls(scores[positive], scores[negative], none)
 
     @property
     def negatives(self) -> int:
-        return self.cells.numel() - self.excluded.numel()
+        return self.cells.numel() - self.holes.numel()
 
 
 def _target(scores: Tensor, target: Tensor | None, group: ProcessGroup | None) -> Tensor:
@@ -215,7 +215,7 @@ def _reduced(
         own, negatives = slice(start, start + len(positives)), sum(count for _, count in counts)
         positives = all_gather_rows(positives, group)
     if pairs == "binned":
-        sums = binned_sums(positives, pool.cells, pool.excluded, temperature)
+        sums, _ = binned_sums(positives, pool.cells, pool.holes, temperature)
     else:
         sums = pair_sums(positives, pool.cells, temperature, chunk_size)
     if group is not None:  # every process has compared all positives with its own negatives

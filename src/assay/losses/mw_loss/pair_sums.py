@@ -55,7 +55,7 @@ def _second(
 
 def block_size(x: Tensor) -> int:
     """How many numbers are worked on at a time: few enough for a CPU's cache, many enough for a GPU's cores."""
-    return 1 << (18 if x.device.type == "cpu" else 24)
+    return 1 << (17 if x.device.type == "cpu" else 24)
 
 
 def _blocks(
