@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,47 +20,84 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Loss = Callable[..., Tensor]
-TRAIN, VALIDATION, BATCH, NOISE = 1300, 300, 64, 0.5
+TRAIN, VALIDATION, BATCH, NOISE, OFFSET_PAIRS = 1300, 300, 64, 0.5, 100
 CL, MW, RANKNET, OFFSETS = "InfoNCE", "MW", "within-query RankNet", "offsets"
 VARIANTS = (CL, MW, RANKNET, OFFSETS)
 TUNED = {CL: (0.2, 1e-3), MW: (0.2, 1e-3), RANKNET: (0.2, 1e-3)}  # temperature, learning rate
 
 
 def within_query(scores: Tensor, target: Tensor | None = None, *, temperature: float = 0.01) -> Tensor:
-    """The broken variant, RankNet: each positive against the negatives of its own row."""
+    """The broken variant, RankNet: each positive against the negatives of its own row, never of the pool."""
     positives = scores.diagonal()[:, None]
-    own = ~torch.eye(*scores.shape, dtype=torch.bool)
-    return F.softplus((scores - positives) / temperature)[own].mean()
+    others = ~torch.eye(*scores.shape, dtype=torch.bool)
+    return F.softplus((scores - positives) / temperature)[others].mean()
 
 
-def train(
-    variant: str, seed: int, *, steps: int, method: Loss = mw_loss, validate: bool = False, temperature=None, lr=None
-) -> dict[str, float]:
-    """Two MLPs 32-128-32 on 1,300 digits: the left half, with noise, looks for its right half among all others."""
-    sides, test_sides = halves(seed, validate)
+def claim(
+    bench: Bench, *, method: Loss = mw_loss, variants: Sequence[str] = VARIANTS, seeds: int = 20, steps: int = 600
+) -> Evidence:
+    """Temperature and learning rate of each loss are those with its best pooled AUC on validation, seeds 0 to 3."""
+    run = functools.partial(measure, steps=bench.scale(steps), method=method)
+    rows = bench.rows(run, variants, bench.seeds(seeds))
+    return Evidence(rows, checks_of(rows), [note(rows, variant) for variant in variants if variant != OFFSETS])
+
+
+def checks_of(rows: Rows) -> list[Check]:
+    return [
+        at_least("pooled AUC, MW - InfoNCE", rows.difference(MW, CL, "auc"), 0.002),
+        at_least("MRR@10, MW - InfoNCE", rows.difference(MW, CL, "mrr"), -0.03),
+        at_most("offsets: largest gradient of InfoNCE", rows.values(OFFSETS, "seen").max(), 1e-9),
+        at_least("offsets: pooled AUC gained under MW", rows.values(OFFSETS, "gain"), 0.005),
+    ]
+
+
+def note(rows: Rows, variant: str) -> str:
+    def mean(metric: str) -> str:
+        return "{:.4f} [{:.4f}, {:.4f}]".format(*mean_interval(rows.values(variant, metric)))
+
+    names = {"auc": "pooled AUC", "hard": "on hard negatives", "mrr": "MRR@10", "ndcg": "nDCG@10"}
+    return f"{variant}: " + ", ".join(f"{name} {mean(metric)}" for metric, name in names.items())
+
+
+def measure(variant: str, seed: int, *, steps: int, method: Loss) -> dict[str, float]:
+    if variant == OFFSETS:
+        return free_offsets(trained(CL, seed, steps=steps), seed, method)
+    encoders = trained(variant, seed, steps=steps, method=method)
+    with torch.no_grad():
+        return retrieval(cosines(encoders, halves(seed)[1]))
+
+
+def trained(
+    variant: str,
+    seed: int,
+    *,
+    steps: int,
+    method: Loss = mw_loss,
+    tuned: tuple[float, float] | None = None,
+    validate: bool = False,
+) -> nn.ModuleList:
+    """Two MLPs 32-128-32 under Adam, the one for queries and the other for documents; scores are cosines."""
+    temperature, lr = tuned or TUNED[variant]
     loss = {CL: contrastive_loss, MW: method, RANKNET: within_query}[variant]
-    tuned = TUNED[variant]
-    temperature, lr = temperature or tuned[0], lr or tuned[1]
+    sides = halves(seed, validate)[0]
     torch.manual_seed(seed)
     encoders = nn.ModuleList(nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 32)) for _ in range(2))
     optimizer = torch.optim.Adam(encoders.parameters(), lr)
     draw = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         index = torch.randperm(len(sides[0]), generator=draw)[:BATCH]
-        scores = cosines(encoders, [side[index] for side in sides])
         optimizer.zero_grad()
-        loss(scores, temperature=temperature).backward()
+        loss(cosines(encoders, [side[index] for side in sides]), temperature=temperature).backward()
         optimizer.step()
-    with torch.no_grad():
-        return measures(cosines(encoders, test_sides))
+    return encoders
 
 
-def cosines(encoders, sides):
-    query, document = (F.normalize(encoder(side), dim=1) for encoder, side in zip(encoders, sides, strict=True))
-    return query @ document.T
+def cosines(encoders: nn.ModuleList, sides: Sequence[Tensor]) -> Tensor:
+    queries, documents = (F.normalize(encode(side), dim=1) for encode, side in zip(encoders, sides, strict=True))
+    return queries @ documents.T
 
 
-def measures(scores: Tensor) -> dict[str, float]:
+def retrieval(scores: Tensor) -> dict[str, float]:
     right = torch.eye(len(scores), dtype=torch.bool)
     return {
         "auc": global_auc(scores, right),
@@ -70,13 +107,55 @@ def measures(scores: Tensor) -> dict[str, float]:
     }
 
 
+def free_offsets(encoders: nn.ModuleList, seed: int, method: Loss) -> dict[str, float]:
+    """What a free offset of each query does to fixed scores, those that training with InfoNCE left on test pairs."""
+    with torch.no_grad():
+        scores = cosines(encoders, [side[:OFFSET_PAIRS] for side in halves(seed)[1]]).double()
+    right = torch.eye(len(scores), dtype=torch.bool)
+    offsets = torch.zeros(len(scores), 1, dtype=torch.float64, requires_grad=True)
+    (seen,) = torch.autograd.grad(contrastive_loss(scores + offsets, temperature=0.1), offsets)
+    optimizer = torch.optim.Adam([offsets], 0.02)
+    for _ in range(100):
+        optimizer.zero_grad()
+        method(scores + offsets, temperature=0.1).backward()
+        optimizer.step()
+    moved = scores + offsets.detach()
+    return {"seen": seen.abs().max().item(), "gain": global_auc(moved, right) - global_auc(scores, right)}
+
+
 @functools.lru_cache(maxsize=2)
-def halves(seed: int, validate: bool) -> tuple[list[Tensor], list[Tensor]]:
+def halves(seed: int, validate: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+    """Left and right halves of digits, to train on and to test on; each left half has noise of a strength of its own.
+
+    ``validate`` leaves the test digits out and takes the last training digits in their place.
+    """
     images, _ = digits()
     draw = torch.Generator().manual_seed(seed)
     images = images[torch.randperm(len(images), generator=draw)].view(-1, 8, 8)
-    query, document = images[:, :, :4].flatten(1), images[:, :, 4:].flatten(1)
-    level = NOISE * torch.rand(len(images), 1, generator=draw)
-    query = query + level * torch.randn(query.shape, generator=draw)
+    left, right = images[:, :, :4].flatten(1), images[:, :, 4:].flatten(1)
+    strength = NOISE * torch.rand(len(images), 1, generator=draw)
+    left = left + strength * torch.randn(left.shape, generator=draw)
     first, last = (TRAIN - VALIDATION, TRAIN) if validate else (TRAIN, len(images))
-    return [query[:first], document[:first]], [query[first:last], document[first:last]]
+    return [left[:first], right[:first]], [left[first:last], right[first:last]]
+
+
+def figure(evidence: Evidence) -> Figure:
+    """Pooled AUC, AUC against hard negatives and MRR of every loss: a dot per seed, the mean with its 95 % interval."""
+    from matplotlib import pyplot
+
+    rows = evidence.rows
+    losses = [variant for variant in VARIANTS[:3] if any(row["variant"] == variant for row in rows)]
+    drawn, panels = pyplot.subplots(1, 3, figsize=(7.5, 2.4), sharey=True, layout="constrained")
+    labels = {"auc": "pooled AUC", "hard": "pooled AUC, hard negatives", "mrr": "MRR@10"}
+    for axes, (metric, label) in zip(panels, labels.items(), strict=True):
+        for place, variant in enumerate(losses):
+            values = rows.values(variant, metric)
+            mean, low, high = mean_interval(values)
+            color = "0.45" if variant == RANKNET else "black"
+            axes.plot(values, [place] * len(values), "o", color="0.75", markersize=3)
+            axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="s", color=color, capsize=4)
+        axes.set_xlabel(label)
+        axes.set_ylim(len(losses) - 0.5, -0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(losses)), losses)
+    return drawn
