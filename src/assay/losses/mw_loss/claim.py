@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Loss = Callable[..., Tensor]
-TRAIN, VALIDATION, BATCH, NOISE, OFFSET_PAIRS = 1300, 300, 64, 0.5, 100
+TRAIN, VALIDATION, BATCH, NOISE, OFFSET_PAIRS = 1300, 300, 64, 0.5, 64
 CL, MW, RANKNET, OFFSETS = "InfoNCE", "MW", "within-query RankNet", "offsets"
 VARIANTS = (CL, MW, RANKNET, OFFSETS)
 TUNED = {CL: (0.2, 1e-3), MW: (0.2, 1e-3), RANKNET: (0.2, 1e-3)}  # temperature, learning rate

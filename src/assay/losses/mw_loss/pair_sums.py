@@ -36,14 +36,19 @@ def pair_gradients(
 
 
 def _second(
-    weights: Tensor, positives: Tensor, negatives: Tensor, of: tuple[Tensor, Tensor], temperature: float, chunk: Any
+    of: tuple[Tensor, ...],
+    weights: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    temperature: float,
+    chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the product of ``of`` with ``pair_gradients``, with respect to its first three arguments.
 
     That product is the sum over pairs of weight * sigmoid(x) * (of_negative - of_positive) / temperature.
     """
     at_weights, at_positives, at_negatives = map(torch.zeros_like, (weights, positives, negatives))
-    for rows, columns, x in _blocks(positives, negatives, temperature, chunk):
+    for rows, columns, x in _blocks(positives, negatives, temperature, chunk_size):
         sigmoid = x.sigmoid_()
         factor = (of[1][columns] - of[0][rows, None]) / temperature
         at_weights[rows] += (sigmoid * factor).sum(1)
@@ -98,7 +103,8 @@ def _backward(ctx: Any, weights: Tensor) -> tuple[Any, ...]:
 
 
 def _double_backward(ctx: Any, *of: Tensor) -> tuple[Any, ...]:
-    return *_second(*ctx.saved_tensors, of, ctx.temperature, ctx.chunk_size), None, None  # type: ignore[arg-type]
+    weights, positives, negatives = ctx.saved_tensors
+    return *_second(of, weights, positives, negatives, ctx.temperature, ctx.chunk_size), None, None
 
 
 pair_sums.register_autograd(_backward, setup_context=_keep)
