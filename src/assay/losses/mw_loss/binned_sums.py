@@ -32,10 +32,14 @@ _MOST_COARSE = 4096
 
 
 @torch.library.custom_op("assay::mw_binned_sums", mutates_args=())
-def binned_sums(positives: Tensor, cells: Tensor, holes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def binned_sums(
+    positives: Tensor, cells: Tensor, holes: Tensor, own: bool, temperature: float
+) -> tuple[Tensor, Tensor]:
     """As :func:`pair_sums`, with the negatives given as all ``cells`` except ``cells.flatten()[holes]``.
 
-    The second result is what backward needs: minus the slope of the sums with respect to each positive.
+    With ``own``, what is in the holes are the positives, and their gradient goes there instead of to ``positives``:
+    a second matrix, of zeros but for them, would cost as much as a fifth of all. The second result is what backward
+    needs: minus the slope of each sum with respect to its positive.
     """
     grid = _Grid.over(positives, cells, temperature)
     if grid is None:
@@ -49,15 +53,17 @@ def binned_sums(positives: Tensor, cells: Tensor, holes: Tensor, temperature: fl
 
 
 @torch.library.custom_op("assay::mw_binned_gradient", mutates_args=())
-def binned_gradient(weights: Tensor, positives: Tensor, cells: Tensor, holes: Tensor, temperature: float) -> Tensor:
-    """Gradient of ``(weights * binned_sums).sum()`` with respect to the cells."""
+def binned_gradient(
+    weights: Tensor, positives: Tensor, cells: Tensor, holes: Tensor, at_holes: Tensor, temperature: float
+) -> Tensor:
+    """Gradient of ``(weights * binned_sums).sum()`` with respect to the cells; ``at_holes`` stands in the holes."""
     grid = _Grid.over(positives, cells, temperature)
     if grid is None:
         every = pair_gradients(weights, positives, cells.flatten(), temperature, None)[1]
     else:
         field = grid.field(grid.spread(positives, weights), lambda x: torch.sigmoid(x) / temperature)
         every = grid.evaluate(field, cells)
-    return every.view(-1).index_fill_(0, holes, 0.0).view(cells.shape)
+    return every.view(-1).index_copy_(0, holes, at_holes).view(cells.shape)
 
 
 @dataclass(frozen=True)
@@ -86,14 +92,14 @@ class _Grid:
         """The fine bin of each value, and where in it from -1/2 to 1/2. No step rounds: see the module."""
         scaled = values * self.scale
         whole = scaled.round()
-        return whole.sub(self.start).long(), scaled.sub_(whole)
+        return whole.sub(self.start).int(), scaled.sub_(whole)
 
     def spread(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
         """Moments 0, 1, 2 of the values about their bins' centres, in widths of a bin; (3, bins), double precision."""
         moments = torch.zeros(_MOMENTS, self.coarse * _FINE, dtype=torch.float64, device=values.device)
         for part, weight in zip(_pieces(values), _pieces(values if weights is None else weights), strict=True):
             index, u = self.places(part)
-            u = u.double()
+            index, u = index.long(), u.double()
             power = torch.ones_like(u) if weights is None else weight.to(torch.float64, copy=True)
             for m, moment in enumerate(moments):
                 moment.scatter_add_(0, index, power.mul_(u) if m else power)
@@ -157,24 +163,27 @@ def _interpolation() -> tuple[Tensor, Tensor]:
 
 
 @binned_sums.register_fake
-def _(positives: Tensor, cells: Tensor, holes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _(positives: Tensor, cells: Tensor, holes: Tensor, own: bool, temperature: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(positives), torch.empty_like(positives)
 
 
 @binned_gradient.register_fake
-def _(weights: Tensor, positives: Tensor, cells: Tensor, holes: Tensor, temperature: float) -> Tensor:
+def _(weights: Tensor, positives: Tensor, cells: Tensor, holes: Tensor, at_holes: Tensor, temperature: float) -> Tensor:
     return cells.new_empty(cells.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    positives, cells, holes, ctx.temperature = inputs
+    positives, cells, holes, ctx.own, ctx.temperature = inputs
     ctx.save_for_backward(positives, cells, holes, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, weights: Tensor, _: Any) -> tuple[Any, ...]:
     positives, cells, holes, slopes = ctx.saved_tensors
-    return -weights * slopes, binned_gradient(weights, positives, cells, holes, ctx.temperature), None, None
+    at_positives = -weights * slopes
+    at_holes = at_positives if ctx.own else at_positives.new_zeros(len(holes))
+    at_cells = binned_gradient(weights, positives, cells, holes, at_holes, ctx.temperature)
+    return None if ctx.own else at_positives, at_cells, None, None, None
 
 
 binned_sums.register_autograd(_backward, setup_context=_keep)

@@ -216,7 +216,10 @@ def _reduced(
         own, negatives = slice(start, start + len(positives)), sum(count for _, count in counts)
         positives = all_gather_rows(positives, group)
     if pairs == "binned":
-        sums, _ = binned_sums(positives, pool.cells, pool.holes, temperature)
+        in_place = group is None and len(pool.holes) > 0
+        sums, _ = binned_sums(
+            positives.detach() if in_place else positives, pool.cells, pool.holes, in_place, temperature
+        )
     else:
         sums = pair_sums(positives, pool.cells, temperature, chunk_size)
     if group is not None:  # every process has compared all positives with its own negatives

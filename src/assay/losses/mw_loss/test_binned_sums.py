@@ -27,13 +27,13 @@ def test_each_pair_is_within_the_tolerance(temperature):
     positives = torch.linspace(-50 * temperature, 50 * temperature, 20_011, dtype=torch.float64)
     for place in (0.0, 0.25, 0.499, 0.5, 127.4, 128.0, 255.49, 255.51):
         negative = torch.tensor([place * width], dtype=torch.float64)
-        sums, slopes = binned.binned_sums(positives, negative, NONE, temperature)
+        sums, slopes = binned.binned_sums(positives, negative, NONE, False, temperature)
         exact, slope = pair_by_pair(positives, negative, temperature)
         assert (sums - exact[:, 0]).abs().max() < binned.TOLERANCE
         assert (slopes - slope[:, 0]).abs().max() * temperature < binned.TOLERANCE
         for weight in (1.0, -2.0):
             gradient = binned.binned_gradient(
-                torch.tensor([weight], dtype=torch.float64), negative, positives, NONE, temperature
+                torch.tensor([weight], dtype=torch.float64), negative, positives, NONE, NONE.double(), temperature
             )
             expected = weight * torch.sigmoid((positives - negative) / temperature)
             assert (gradient * temperature - expected).abs().max() < abs(weight) * binned.TOLERANCE
