@@ -60,7 +60,7 @@ def mw_loss(
             or with ``positive_mask`` in the order of ``scores[positive_mask]``. Without any pair the loss is 0.
         chunk_size: how many positives are compared with all negatives at a time, at least 1: memory is about
             3 * chunk_size * |S-| numbers, forward and backward. None: pieces of fixed size (2^17 pairs on a CPU, 2^24
-            on a GPU), also of the negatives. The value does not depend on it.
+            on a GPU), also of the negatives. The value does not depend on it; ``"binned"`` has no use for it.
         pairs: ``"exact"`` looks at each of the |S+| |S-| pairs. ``"binned"`` puts scores into bins and never forms a
             pair: each l is off by less than 3e-8, and its slope in s / temperature by less than 3e-8; the time grows
             with B * M alone. It differentiates once, wants float64 on its device, and where the scores span more than
