@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -83,7 +82,9 @@ def train(data: Pairs, steps: int, rate: float, batch: int = 128) -> Transducer:
 
 
 @torch.no_grad()
-def sample(model: Transducer, source: Tensor, count: int, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
+def sample(
+    model: Transducer, source: Tensor, count: int, generator: torch.Generator, temperature: float = 1.0
+) -> Tensor:
     """``count`` outputs of each input, word by word: (N, count, STEPS), padded after END."""
     state = model.read(source).repeat_interleave(count, 0)
     word = torch.full((len(state), 1), BEGIN)
@@ -125,6 +126,14 @@ def scores_of(model: Transducer, source: Tensor, outputs: Tensor) -> Tensor:
     return flat.view(*outputs.shape, WORDS)
 
 
+def accuracy(outputs: Tensor, target: Tensor) -> Tensor:
+    """Per cent of the positions, END included, at which outputs (N, ..., STEPS) say what targets (N, L) mean."""
+    right = F.pad(meaning(target), (0, STEPS - target.shape[1])).view(len(target), *[1] * (outputs.dim() - 2), STEPS)
+    outputs = meaning(outputs)
+    counted = (outputs != PAD) | (right != PAD)
+    return 100 * ((outputs == right) & counted).sum(-1) / counted.sum(-1)
+
+
 def lengths(outputs: Tensor) -> Tensor:
     """Number of words before END."""
     return ((outputs != PAD) & (outputs != END)).sum(-1)
@@ -144,12 +153,3 @@ def edit_distance(ones: Tensor, others: Tensor) -> Tensor:
         row = torch.stack(cells, -1)
         found = torch.where((ends == i + 1).unsqueeze(-1), row, found)
     return found.gather(-1, other_ends.unsqueeze(-1)).squeeze(-1)
-
-
-@functools.lru_cache(maxsize=2)
-def learned(seed: int, steps: int, rate: float) -> tuple[Transducer, Pairs, Pairs]:
-    """A network trained on 20,000 pairs; pairs to fit on and pairs to test on."""
-    draw = torch.Generator().manual_seed(seed)
-    data = pairs(20_000, draw)
-    torch.manual_seed(seed)
-    return train(data, steps, rate), pairs(200, draw), pairs(300, draw)

@@ -112,7 +112,8 @@ def fit_temperature(
     the bracket, find its zero in float64. Where all temperatures are alike the answer is 1.
 
     Assay's own, as :func:`utility_to_probability` is. On samples of the network itself, mind what ``target`` says: the
-    reference beside samples of a calibrated network is one more sample, and makes the answer infinitely hot.
+    reference beside samples of a calibrated network is one more sample, its utility says nothing of the choice, and
+    unless copies are merged the answer is infinitely hot.
 
     Args:
         utility: (N, C), floating point, finite; -inf for a candidate that is none.
@@ -143,7 +144,7 @@ def fit_temperature(
     outside = (target < 0) | (target >= utility.shape[1])
     if outside.any():
         raise ValueError(f"target = {target[outside][0].item()} is out of range: [0, {utility.shape[1]})")
-    place = target.cpu().unsqueeze(-1)
+    place = target.cpu().long().unsqueeze(-1)
     place = place if first is None else first.gather(-1, place)
     chosen = u.gather(-1, place).double()
     if not chosen.isfinite().all():
@@ -230,15 +231,14 @@ def decide(
     in_range("rule", rule, rule in ("argmax", "sample", "mbr"), "'argmax', 'sample' or 'mbr'")
     if rule == "argmax":
         return utility.argmax(-1)
+    inputs, count = utility.shape[:-1], utility.shape[-1]
     probability = _probability(utility, probability)
     if rule == "sample":
-        rows = probability.flatten(0, -2) if probability.dim() > 1 else probability.unsqueeze(0)
-        return torch.multinomial(rows, 1, generator=generator).view(utility.shape[:-1])
+        return torch.multinomial(probability.reshape(-1, count), 1, generator=generator).view(inputs)
     if loss_matrix is None:
         raise ValueError("loss_matrix = None is out of range: rule = 'mbr' needs one")
-    rows = utility.shape[:-1]
-    if loss_matrix.dim() < 2 or loss_matrix.shape[-1] != utility.shape[-1] or loss_matrix.shape[:-2] not in ((), rows):
-        expected = f"(D, {utility.shape[-1]}), perhaps with {tuple(rows)} before it"
+    if loss_matrix.dim() < 2 or loss_matrix.shape[-1] != count or loss_matrix.shape[:-2] not in ((), inputs):
+        expected = f"(D, {count}), perhaps with {tuple(inputs)} before it"
         raise ValueError(f"loss_matrix.shape = {tuple(loss_matrix.shape)} is out of range: {expected}")
     return (loss_matrix.to(probability.dtype) @ probability.unsqueeze(-1)).squeeze(-1).argmin(-1)
 

@@ -163,6 +163,16 @@ def test_the_fit_knows_copies_priors_and_what_is_no_candidate():
     )
 
 
+def test_the_reference_is_one_more_sample_of_a_calibrated_network():
+    """Copies left as they are, its utility says nothing of which one was chosen: the fit tends to infinity."""
+    draw = torch.Generator().manual_seed(0)
+    u = 2 * torch.randn(5000, 8, generator=draw, dtype=torch.float64)
+    drawn = u.gather(1, torch.multinomial(F.softmax(u, 1), 6, replacement=True, generator=draw))
+    assert fit_temperature(drawn, torch.zeros(5000, dtype=torch.long)) > 20
+    everything = torch.multinomial(F.softmax(u, 1), 1, generator=draw).squeeze(1)
+    assert fit_temperature(u, everything) == pytest.approx(1, rel=0.05)
+
+
 # --- decisions
 
 

@@ -10,13 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from assay.bench.arms import DEFAULT_RECIPE
-from assay.bench.evidence import FAILS, Bench
+from assay.bench.evidence import FAILS, HOLDS, Bench
 from assay.bench.loop import DIVERGED, fit
 from assay.bench.recipe import Budget
 from assay.bench.tasks import resolve_task
 from assay.losses import revealed_preference_loss, sequence_utility
 from assay.losses._contract import CHECKS, Example, Exempt, has_the_right_gradients
-from assay.losses.utility_probability.claim import PER_TOKEN, WHOLE, claim, through_the_probabilities
+from assay.losses.utility_probability.claim import (
+    ANCESTRAL,
+    TRANSFORMED,
+    UNIFORM,
+    WHOLE,
+    claim,
+    through_the_probabilities,
+    tokens_first,
+    trained,
+)
+from assay.losses.utility_probability.claim_transduction import STEPS, accuracy, beam, edit_distance, scores_of
 from assay.losses.utility_probability.utility_probability import apply
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -172,6 +182,9 @@ def test_tokens_of_sequences_and_ignored_ones(alternatives):
         losses.append(revealed_preference_loss(s, t, num_alternatives=alternatives, reduction="none").flatten())
     torch.testing.assert_close(*losses, rtol=0, atol=0)
     assert not losses[0][[2, 3]].any()
+    dirty = scores.flatten(0, 1).index_fill(0, torch.tensor([2, 3]), math.nan).requires_grad_()
+    loss = revealed_preference_loss(dirty, target.flatten(), num_alternatives=alternatives)
+    assert loss.isfinite() and torch.autograd.grad(loss, dirty)[0].isfinite().all()
     torch.manual_seed(1)
     mean = revealed_preference_loss(scores, target, num_alternatives=alternatives)
     torch.testing.assert_close(mean, losses[0].sum() / 4)
@@ -179,9 +192,19 @@ def test_tokens_of_sequences_and_ignored_ones(alternatives):
     assert revealed_preference_loss(scores, target.masked_fill(target < 0, 255), ignore_index=255).isfinite()
 
 
+def test_targets_may_be_integers_of_any_size():
+    scores, target = PLAIN.data()
+    for dtype in (torch.uint8, torch.int32):
+        small = target.to(dtype)
+        assert revealed_preference_loss(scores, small) == revealed_preference_loss(scores, target)
+        assert torch.equal(sequence_utility(scores[None], small[None]), sequence_utility(scores[None], target[None]))
+
+
 def test_no_example_at_all():
     for alternatives in (None, 3):
-        loss = revealed_preference_loss(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), num_alternatives=alternatives)
+        loss = revealed_preference_loss(
+            torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), num_alternatives=alternatives
+        )
         assert loss == 0
 
 
@@ -257,13 +280,19 @@ def test_sequence_utility_has_the_right_gradient_and_sums_in_float32():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda s, t: revealed_preference_loss(s, t, num_alternatives=0), "num_alternatives = 0 is out of range: None or"),
+        (
+            lambda s, t: revealed_preference_loss(s, t, num_alternatives=0),
+            "num_alternatives = 0 is out of range: None or",
+        ),
         (lambda s, t: revealed_preference_loss(s, t, num_alternatives=1.5), "num_alternatives = 1.5 is out of range"),
         (lambda s, t: revealed_preference_loss(s, t.float()), "target.dtype = torch.float32 is out of range: integer"),
         (lambda s, t: revealed_preference_loss(s.long(), t), "scores.dtype = torch.int64 is out of range: floating"),
         (lambda s, t: revealed_preference_loss(s, t[:2]), r"target.shape = \(2,\) with scores of shape \(3, 4\)"),
         (lambda s, t: sequence_utility(s, t), r"target.shape = \(3,\) with logits of shape \(3, 4\)"),
-        (lambda s, t: sequence_utility(s[None], t[None], length_penalty=-1), r"length_penalty = -1 is out of range: \[0"),
+        (
+            lambda s, t: sequence_utility(s[None], t[None], length_penalty=-1),
+            r"length_penalty = -1 is out of range: \[0",
+        ),
         (lambda s, t: sequence_utility(s[None], t[None], mask=t), r"mask.shape = \(3,\) is out of range: \(1, 3\)"),
         (lambda s, t: apply(DEFAULT_RECIPE, num_alternatives=-1), "num_alternatives = -1 is out of range"),
     ],
@@ -276,7 +305,7 @@ def test_what_does_not_fit_is_named(call, message):
 # --- in the bench
 
 
-def trained(recipe, seed=7):
+def fitted(recipe, seed=7):
     return fit(recipe, resolve_task("digits(model='mlp')"), Budget(steps=20, batch_size=60, evaluations=0), seed)
 
 
@@ -291,12 +320,12 @@ def test_in_the_bench_it_is_the_objective():
 
         return loss
 
-    ours, theirs = trained(apply(recipe, num_alternatives=5)), trained(replace(recipe, objective=by_hand))
+    ours, theirs = fitted(apply(recipe, num_alternatives=5)), fitted(replace(recipe, objective=by_hand))
     torch.testing.assert_close(ours.model.state_dict(), theirs.model.state_dict(), rtol=1e-4, atol=1e-6)
-    assert ours.fingerprint == trained(apply(recipe, num_alternatives=5)).fingerprint
-    assert ours.fingerprint != trained(apply(recipe)).fingerprint
-    exact = trained(apply(recipe, num_alternatives=None)).model.state_dict()
-    torch.testing.assert_close(exact, trained(recipe).model.state_dict(), rtol=1e-4, atol=1e-6)
+    assert ours.fingerprint == fitted(apply(recipe, num_alternatives=5)).fingerprint
+    assert ours.fingerprint != fitted(apply(recipe)).fingerprint
+    exact = fitted(apply(recipe, num_alternatives=None)).model.state_dict()
+    torch.testing.assert_close(exact, fitted(recipe).model.state_dict(), rtol=1e-4, atol=1e-6)
 
 
 def test_in_the_bench_a_run_may_ask_twice_or_diverge():
@@ -306,12 +335,63 @@ def test_in_the_bench_a_run_may_ask_twice_or_diverge():
             return super().step(closure)
 
     twice = replace(DEFAULT_RECIPE, update=lambda run: Twice(run.model.parameters(), 0.1))
-    assert trained(apply(twice)).steps == 20
+    assert fitted(apply(twice)).steps == 20
     broken = replace(DEFAULT_RECIPE, update=lambda run: torch.optim.SGD(run.model.parameters(), 1e30))
-    assert trained(apply(broken)).status == DIVERGED
+    assert fitted(apply(broken)).status == DIVERGED
     with pytest.raises(ValueError, match="utility-probability needs a classification task"):
         task = replace(resolve_task("digits(model='mlp')"), classes=None)
         fit(apply(DEFAULT_RECIPE), task, Budget(steps=1, batch_size=60, evaluations=0), 7)
 
 
 # --- the claim
+
+
+GRADIENT, ODDS = 0, 1
+
+
+@pytest.mark.parametrize(
+    "pieces, fails",
+    [({}, None), ({"transform": tokens_first}, ODDS), ({"loss": through_the_probabilities}, GRADIENT)],
+)
+def test_broken_variants_are_found_out(pieces, fails):
+    variants = (ANCESTRAL, WHOLE, UNIFORM, TRANSFORMED)
+    evidence = claim(Bench(), variants=variants, seeds=1, steps=20, **pieces)
+    for place in (GRADIENT, ODDS):
+        assert evidence.checks[place].verdict == (FAILS if place == fails else HOLDS)
+    assert fails is None or evidence.verdict == FAILS
+
+
+def levenshtein(one, other):
+    table = {(i, 0): i for i in range(len(one) + 1)} | {(0, j): j for j in range(len(other) + 1)}
+    for i, a in enumerate(one, 1):
+        for j, b in enumerate(other, 1):
+            table[i, j] = min(table[i - 1, j] + 1, table[i, j - 1] + 1, table[i - 1, j - 1] + (a != b))
+    return table[len(one), len(other)]
+
+
+def test_edit_distance_and_accuracy_of_padded_outputs():
+    draw = torch.Generator().manual_seed(0)
+    outputs = torch.randint(3, 6, (6, 5), generator=draw)
+    for row, length in enumerate((0, 1, 2, 3, 4, 5)):
+        outputs[row, length:] = 0
+        outputs[row, length : length + 1] = 2  # END, where there is room
+    words = [[word for word in row if word > 2] for row in outputs.tolist()]
+    found = edit_distance(outputs.unsqueeze(1), outputs.unsqueeze(0))
+    assert found.tolist() == [[levenshtein(one, other) for other in words] for one in words]
+    # 13 is the other word of 3; the third output lacks a word, so that END is wrong too.
+    target = torch.tensor([[3, 4, 2, 0]])
+    said = F.pad(torch.tensor([[[3, 4, 2], [13, 14, 2], [3, 2, 0], [3, 5, 5]]]), (0, STEPS - 3))
+    torch.testing.assert_close(accuracy(said, target), torch.tensor([[100.0, 100.0, 100 / 3, 100 / 3]]))
+
+
+def test_a_wider_beam_finds_more_probable_outputs_and_all_of_them_end_in_padding():
+    run = trained(3, 20)
+    source = run.testing.source[:40]
+    scores = []
+    for width in (1, 64):
+        outputs = beam(run.model, source, width).unsqueeze(1)
+        scores.append(sequence_utility(scores_of(run.model, source, outputs), outputs, mask=outputs != 0))
+    assert scores[1].sum() > scores[0].sum() and (scores[1] >= scores[0] - 1e-4).float().mean() > 0.9
+    greedy = run.model(source, beam(run.model, source, 1)).argmax(-1)
+    said = beam(run.model, source, 1)
+    assert torch.equal(greedy.masked_fill(said == 0, 0), said)

@@ -85,15 +85,15 @@ def revealed_preference_loss(
     choices_fit("scores", scores, target)
     _alternatives_in_range(num_alternatives)
     in_range("reduction", reduction, reduction in ("none", "mean", "sum"), "'none', 'mean' or 'sum'")
+    target = target.long()
     used = target != ignore_index
-    u = scores.to(precise(scores))
+    u = scores.to(precise(scores)).masked_fill(~used.unsqueeze(-1), 0.0)
     weight = F.softmax(u.detach(), -1)
     if num_alternatives is not None:
         weight = _frequencies(weight, num_alternatives, generator)
     chosen = u.gather(-1, target.masked_fill(~used, 0).unsqueeze(-1)).squeeze(-1)
     # 0 * -inf is nan; a score that is nan stays, so that a diverged run is seen.
-    alternatives = (weight * u.masked_fill((weight == 0) & u.isneginf(), 0.0)).sum(-1)
-    losses = torch.where(used, alternatives - chosen, 0.0)
+    losses = (weight * u.masked_fill((weight == 0) & u.isneginf(), 0.0)).sum(-1) - chosen
     if reduction == "none":
         return losses.to(scores.dtype)
     total = losses.sum()
@@ -145,6 +145,7 @@ def sequence_utility(
     """
     choices_fit("logits", logits, target, least=2)
     in_range("length_penalty", length_penalty, 0 <= length_penalty < math.inf, "[0, inf)")
+    target = target.long()
     counts = target != _IGNORED
     if mask is not None:
         if mask.shape != target.shape:
