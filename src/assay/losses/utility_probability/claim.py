@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TRAIN, FIT, TEST, CANDIDATES = 20_000, 200, 300, 20
-# On seeds 0 to 2 the rate 1e-2 gave a lower loss than 3e-3. Of 250, 400, 500 and 800 steps, 250 and 400 left the most
-# between sampling and greedy decoding, 11 to 12 points of accuracy, and 400 gave the better network.
+# What all rules share was chosen on seeds 0 to 2: at the rate 1e-2, greedy decoding was 11.2 points ahead of sampling
+# after 400 steps and 10.6 after 500 (on seed 0, 11.6 after 250 and 2.4 after 800). The rate 3e-3 left 13 to 14 points
+# after 325 to 400 steps, with a much worse network. In these settings the third check gave at most 9.6 on seed 0.
 RATE, TRAINING = 1e-2, 400
 ANCESTRAL, WHOLE, PER_TOKEN = "sampling, softmax", "sampling, whole outputs", "sampling, cold tokens"
 UNIFORM, SOFTMAX, TRANSFORMED = "MBR, equal weights", "MBR, softmax", "MBR, whole outputs"
@@ -78,14 +79,17 @@ def claim(
 
 
 def checks_of(rows: Rows) -> list[Check]:
-    return [
+    def gain(one: str, other: str) -> Any:
+        return rows.difference(one, other, "accuracy")
+
+    checks = [
         at_most("largest gap to the gradient of cross-entropy", rows.values(WHOLE, "gradient").max(), 1e-12),
         at_most("largest gap of log-odds to utilities / T", rows.values(WHOLE, "odds").max(), 1e-9),
-        at_least(f"accuracy: {WHOLE} - softmax (points)", rows.difference(WHOLE, ANCESTRAL, "accuracy"), 10.0),
-        at_least(
-            "accuracy: MBR, whole outputs - equal weights", rows.difference(TRANSFORMED, UNIFORM, "accuracy"), 0.0
-        ),
+        at_least(f"accuracy: {WHOLE} - softmax (points)", gain(WHOLE, ANCESTRAL), 10.0),
     ]
+    if any(row["variant"] == TRANSFORMED for row in rows):
+        checks.append(at_least("accuracy: MBR, whole outputs - equal weights", gain(TRANSFORMED, UNIFORM), 0.0))
+    return checks
 
 
 def notes_of(rows: Rows) -> list[str]:

@@ -21,7 +21,7 @@ def utilities(seed=0, shape=(5, 4), scale=1.0):
 # --- from utilities to probabilities
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(temperature=st.floats(1e-3, 1e3), with_prior=st.booleans(), seed=SEEDS)
 def test_luces_rule(temperature, with_prior, seed):
     u, prior = utilities(seed), utilities(seed + 1).exp() if with_prior else None
