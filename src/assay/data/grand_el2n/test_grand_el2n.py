@@ -23,12 +23,14 @@ from assay.bench.recipe import Budget
 from assay.bench.tasks import resolve_task
 from assay.data import (
     ForgettingTracker,
+    PruningSampler,
     average_scores,
     el2n_scores,
     grand_scores,
     keep_by_score,
     margin_scores,
 )
+from assay.data._contract import VISITED
 from assay.data.grand_el2n.claim import claim, figure
 from assay.data.grand_el2n.grand_el2n import apply
 
@@ -49,6 +51,15 @@ def trackers():
         tracker.update(torch.arange(8), torch.arange(8) * (step + 3) % 5 < 2)
 
     return {"forgetting": (lambda: ForgettingTracker(8), feed, ForgettingTracker.scores)}
+
+
+def samplers():
+    """For the family's contract."""
+
+    def make():
+        return PruningSampler(torch.arange(VISITED) / 10, epochs=3, keep=0.5, schedule="linear", seed=1)
+
+    return {"pruning": (make, PruningSampler.set_epoch)}
 
 
 # --- the scores, written out ------------------------------------------------------------------------------------------
