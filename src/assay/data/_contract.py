@@ -3,7 +3,9 @@
 A room whose test file has a function ``scorers() -> dict[str, scorer]`` is held to the checks for scorers, each called
 as ``scorer(model, dataset, batch_size=...) -> (N,)``; one with ``trackers() -> dict[str, (make, feed, read)]`` to the
 check for pieces with a memory: ``make()`` a new one, ``feed(piece, step)`` gives it something that depends on the
-step alone, ``read(piece)`` is the tensor that it has arrived at.
+step alone, ``read(piece)`` is the tensor that it has arrived at; one with
+``samplers() -> dict[str, (make, advance)]`` to the checks for samplers and batch samplers: ``make()`` a new one over
+:data:`VISITED` examples, ``advance(sampler, e)`` what a loop does before epoch e = 0, 1, ...
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from assay.data import IndexedDataset
 
 N = 11
+VISITED = 24
 
 
 def network() -> nn.Module:
@@ -204,6 +207,65 @@ def resumes(make: Any, feed: Any, read: Any) -> None:
             feed(second, step)
         assert torch.equal(read(second), read(whole))
 
+
+def visits(sampler: Any) -> list[int]:
+    return [i for item in sampler for i in (item if isinstance(item, list) else [item])]
+
+
+def it_visits_positions_as_often_as_it_says(make: Any, advance: Any) -> None:
+    sampler = make()
+    for epoch in range(3):
+        advance(sampler, epoch)
+        size, items = len(sampler), list(sampler)
+        assert size == len(items) > 0
+        assert all(type(i) is int and 0 <= i < VISITED for i in visits(items))
+
+
+def orders_are_its_own(make: Any, advance: Any) -> None:
+    """Equal makes give equal orders, another each epoch, and torch's global random state is not touched."""
+
+    def orders(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        before, sampler, found = torch.get_rng_state(), make(), []
+        for epoch in range(3):
+            advance(sampler, epoch)
+            found.append(visits(sampler))
+        assert torch.equal(torch.get_rng_state(), before)
+        return found
+
+    first = orders(1)
+    assert first == orders(2) and first[0] != first[1]
+
+
+def a_data_loader_takes_it(make: Any, advance: Any) -> None:
+    sampler, data = make(), IndexedDataset(TensorDataset(torch.arange(VISITED)))
+    advance(sampler, 0)
+    batched = isinstance(next(iter(make())), list)
+    loader = DataLoader(data, **({"batch_sampler": sampler} if batched else {"sampler": sampler, "batch_size": 5}))
+    other = make()
+    advance(other, 0)
+    assert torch.cat([index for _, index in loader]).tolist() == visits(other)
+
+
+def it_goes_on_from_a_state_dict(make: Any, advance: Any) -> None:
+    whole, stopped = make(), make()
+    for epoch in range(2):
+        for sampler in (whole, stopped):
+            advance(sampler, epoch)
+            visits(sampler)
+    resumed = make()
+    resumed.load_state_dict(copy.deepcopy(stopped.state_dict()))
+    for sampler in (whole, resumed):
+        advance(sampler, 2)
+    assert visits(resumed) == visits(whole)
+
+
+SAMPLER_CHECKS = [
+    it_visits_positions_as_often_as_it_says,
+    orders_are_its_own,
+    a_data_loader_takes_it,
+    it_goes_on_from_a_state_dict,
+]
 
 SCORER_CHECKS = [
     one_score_per_example_in_dataset_order,

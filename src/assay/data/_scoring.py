@@ -122,3 +122,9 @@ def distribution_of(targets: Tensor, probabilities: Tensor) -> Tensor:
     if targets.min() < 0 or targets.max() >= classes:
         raise ValueError(f"targets reach from {targets.min()} to {targets.max()}, but the model has {classes} classes")
     return F.one_hot(targets.long(), classes).to(probabilities.dtype)
+
+
+def error_norms(logits: Any, targets: Tensor, *, order: int = 2, num_classes: int | None = None) -> Tensor:
+    """|| softmax(logits) - onehot(targets) || of each example of a batch, (b,)."""
+    probabilities = probabilities_of(logits, num_classes)
+    return torch.linalg.vector_norm(probabilities - distribution_of(targets, probabilities), ord=order, dim=1)

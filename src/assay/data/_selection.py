@@ -64,7 +64,7 @@ def keep_by_score(
         raise ValueError(f"scores {tuple(scores.shape)}: a vector (N,) without NaN is needed")
     one_of("mode", mode, ("max", "min", "offset", "random"))
     total = len(scores)
-    size, skip = round(share("keep", keep) * total), _offset(offset, total) if mode == "offset" else 0
+    size, skip = round(share("keep", keep) * total), offset_of(offset, total) if mode == "offset" else 0
     if size + skip > total:
         raise ValueError(f"keep = {keep!r} and offset = {offset!r} reach beyond the {total} scores")
     if mode == "random":
@@ -138,7 +138,8 @@ def _apportion(total: int, counts: list[int]) -> list[int]:
     return shares
 
 
-def _offset(offset: float, total: int) -> int:
+def offset_of(offset: float, total: int) -> int:
+    """How many of ``total`` scores an offset skips."""
     skip = round(offset * total) if isinstance(offset, float) and 0 <= offset < 1 else offset
     if isinstance(skip, bool) or not isinstance(skip, int) or skip < 0:
         raise ValueError(f"offset = {offset!r} is out of range: a number of scores >= 0, or a share in [0, 1)")

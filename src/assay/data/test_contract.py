@@ -14,7 +14,7 @@ from assay.data import _contract
 def offered(kind: str) -> list[Any]:
     """What the rooms' test files offer under the name ``kind``, as parameters named ``id:piece``."""
     found = []
-    for card in catalogue.search(family="data"):
+    for card in (card for card in catalogue.cards() if any(path.startswith("assay.data.") for path in card.paths)):
         package, _, stem = card.module.rpartition(".")
         room = importlib.import_module(f"{package}.test_{stem}")
         pieces = getattr(room, kind, dict)()
@@ -31,3 +31,9 @@ def test_scorer(scorer, check):
 @pytest.mark.parametrize("tracker", offered("trackers"))
 def test_tracker_resumes(tracker):
     _contract.resumes(*tracker)
+
+
+@pytest.mark.parametrize("check", _contract.SAMPLER_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("sampler", offered("samplers"))
+def test_sampler(sampler, check):
+    check(*sampler)

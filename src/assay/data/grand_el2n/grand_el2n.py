@@ -14,11 +14,14 @@ from torch.utils.data import Subset
 
 from assay.data._checks import count, one_of, share
 from assay.data._grad_norms import GhostNorms, chosen_parameters, loop_norms, training_only, vmap_norms
-from assay.data._scoring import Logits, check_scorable, distribution_of, probabilities_of, score_examples
-from assay.data._selection import ScoreSubset, check_positions, keep_by_score
+from assay.data._scoring import Logits, check_scorable, distribution_of, error_norms, probabilities_of, score_examples
+from assay.data._selection import ScoreSubset, keep_by_score
+from assay.data.grand_el2n.forgetting import ForgettingTracker
+from assay.data.grand_el2n.pruning import PruningSampler
 
 __all__ = [
     "ForgettingTracker",
+    "PruningSampler",
     "ScoreSubset",
     "average_scores",
     "el2n_scores",
@@ -28,7 +31,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from assay.bench.recipe import Recipe, Run
+    from assay.bench.recipe import Batch, Objective, Recipe, Run
 
 
 def el2n_scores(
@@ -85,8 +88,7 @@ def el2n_scores(
         raise ValueError(f"num_classes = {num_classes!r} is out of range: None or an integer >= 2")
 
     def score(network: Logits, inputs: Any, targets: Any) -> Tensor:
-        probabilities = probabilities_of(network(inputs), num_classes)
-        return torch.linalg.vector_norm(probabilities - distribution_of(targets, probabilities), ord=order, dim=1)
+        return error_norms(network(inputs), targets, order=order, num_classes=num_classes)
 
     return score_examples(model, dataset, score, batch_size=batch_size, device=device)
 
@@ -209,65 +211,6 @@ def grand_scores(
         return score_examples(model, dataset, score, batch_size=batch_size, device=device, gradients=True)
 
 
-class ForgettingTracker(nn.Module):
-    """Counts how often each example was forgotten: answered rightly at one visit and wrongly at the next.
-
-    ``score_i = number of visits t with correct_i(t - 1) = 1 and correct_i(t) = 0``, and +inf for an example that was
-    never answered rightly. Larger is harder, as for the other scores. The counts are buffers: ``state_dict()`` and
-    ``load_state_dict()`` carry them from one run to the next.
-
-    Args:
-        num_samples: number of examples N, at least 1.
-
-    Source:
-        Toneva et al.: An Empirical Study of Example Forgetting, ICLR 2019, arXiv 1812.05159, as compared with in
-        Paul, Ganguli, Dziugaite (NeurIPS 2021, arXiv 2107.07075).
-
-    Example:
-        >>> import torch
-        >>> from assay.data import ForgettingTracker
-        >>> tracker = ForgettingTracker(3)
-        >>> for correct in ([True, False, False], [False, True, False], [True, False, False], [False, True, False]):
-        ...     tracker.update(torch.arange(3), torch.tensor(correct))
-        >>> tracker.scores()
-        tensor([2., 1., inf])
-    """
-
-    forgotten: Tensor
-    correct: Tensor
-    ever_correct: Tensor
-
-    def __init__(self, num_samples: int) -> None:
-        super().__init__()
-        self.num_samples = count("num_samples", num_samples)
-        self.register_buffer("forgotten", torch.zeros(num_samples, dtype=torch.int64))
-        self.register_buffer("correct", torch.zeros(num_samples, dtype=torch.bool))
-        self.register_buffer("ever_correct", torch.zeros(num_samples, dtype=torch.bool))
-
-    def update(self, indices: Any, correct: Any) -> None:
-        """Note one visit of each of ``indices`` (b,), in this order, and whether the answer was right (b,)."""
-        indices = check_positions(indices, self.num_samples).to(self.correct.device)
-        correct = torch.as_tensor(correct, device=indices.device).bool()
-        if indices.shape != correct.shape:
-            raise ValueError(f"indices {tuple(indices.shape)} and correct {tuple(correct.shape)}: both are (b,)")
-        if indices.numel() == 0:
-            return
-        # An example may stand in a batch twice: its visits are brought together, in their order.
-        order = indices.argsort(stable=True)
-        indices, correct = indices[order], correct[order]
-        again = torch.zeros_like(correct)
-        again[1:] = indices[1:] == indices[:-1]
-        before = torch.where(again, correct.roll(1), self.correct[indices])
-        self.forgotten.index_add_(0, indices, (before & ~correct).long())
-        last = ~again.roll(-1)
-        self.correct[indices[last]] = correct[last]
-        self.ever_correct[indices[correct]] = True
-
-    def scores(self) -> Tensor:
-        """Number of times that each example was forgotten, +inf where it was never known: (N,)."""
-        return self.forgotten.to(torch.get_default_dtype()).masked_fill(~self.ever_correct, math.inf)
-
-
 Scorer = Callable[[nn.Module, Any], Tensor]
 _SCORERS: dict[str, Scorer] = {"el2n": el2n_scores, "grand": grand_scores, "margin": margin_scores}
 
@@ -366,25 +309,60 @@ def apply(recipe: Recipe, *, keep: float = 0.75, score: str = "el2n", runs: int 
     """Train on the hardest ``keep`` of the data, by the mean score of ``runs`` proxies.
 
     Each proxy is trained by the recipe itself for ``fraction`` of the budget, from its own initialization and order;
-    the proxies' cost counts. The pruned run has the same number of steps as the full one.
+    the proxies' cost counts. Score ``"forgetting"`` is counted while they train, all others are taken at their end. The
+    pruned run has the same number of steps as the full one.
     """
     share("keep", keep)
-    scorer, runs = _scorer(score), count("runs", runs)
+    if not callable(score):
+        one_of("score", score, (*_SCORERS, "forgetting"))
+    count("runs", runs)
     share("fraction", fraction)
 
     def data(run: Run) -> Any:
         if run.task.classes is None:
             raise ValueError(f"grand-el2n needs a classification task; {run.task.name!r} has no classes")
         dataset = recipe.data(run)
-        proxy = replace(recipe, data=lambda _: dataset)
-        fits = [run.fit(proxy, fraction=fraction, seed=run.seed + 1_000_003 * (k + 1)) for k in range(runs)]
-        scores = [scores for fit in fits if (scores := scorer(fit.model, dataset)).isfinite().all()]
-        if not scores:  # every proxy has diverged: there is nothing to rank by, and the run will diverge as well
+        found = []
+        for k in range(runs):
+            proxy, tracker = replace(recipe, data=lambda _: dataset), ForgettingTracker(len(dataset))  # type: ignore[arg-type]
+            if score == "forgetting":
+                proxy = replace(proxy, objective=_tracked(recipe, tracker))
+            fit = run.fit(proxy, fraction=fraction, seed=run.seed + 1_000_003 * (k + 1))
+            found.append(tracker.scores() if score == "forgetting" else _scorer(score)(fit.model, dataset))
+        scores = torch.stack(found).double()
+        # A proxy that has diverged ranks nothing. If all have, the run will diverge as well.
+        usable = [row for row in scores if not row.isnan().any() and not row.isinf().all()]
+        if not usable:
             return dataset
-        kept = keep_by_score(torch.stack(scores).double().mean(0), keep)
+        kept = keep_by_score(torch.stack(usable).mean(0), keep)
         return Subset(dataset, kept.tolist())  # plain, which the bench's loop gathers without a Python loop
 
     return replace(recipe, data=data)
+
+
+def _tracked(recipe: Recipe, tracker: ForgettingTracker) -> Callable[[Run], Objective]:
+    """The recipe's objective, with the answers of each step's first pass noted."""
+
+    def objective(run: Run) -> Objective:
+        loss_of, noted = recipe.objective(run), -1
+
+        def loss(model: Callable[[Any], Any], batch: Batch) -> Tensor:
+            outputs: list[Tensor] = []
+
+            def watched(inputs: Any) -> Tensor:
+                outputs.append(model(inputs))
+                return outputs[-1]
+
+            nonlocal noted
+            value = loss_of(watched, batch)
+            if run.step != noted:  # an optimizer may ask for the loss of one step several times
+                noted = run.step
+                tracker.update(batch.index, outputs[0].argmax(-1) == batch.target)
+            return value
+
+        return loss
+
+    return objective
 
 
 def _scorer(score: str | Scorer) -> Scorer:

@@ -23,12 +23,14 @@ from assay.bench.recipe import Budget
 from assay.bench.tasks import resolve_task
 from assay.data import (
     ForgettingTracker,
+    PruningSampler,
     average_scores,
     el2n_scores,
     grand_scores,
     keep_by_score,
     margin_scores,
 )
+from assay.data._contract import VISITED
 from assay.data.grand_el2n.claim import claim, figure
 from assay.data.grand_el2n.grand_el2n import apply
 
@@ -49,6 +51,15 @@ def trackers():
         tracker.update(torch.arange(8), torch.arange(8) * (step + 3) % 5 < 2)
 
     return {"forgetting": (lambda: ForgettingTracker(8), feed, ForgettingTracker.scores)}
+
+
+def samplers():
+    """For the family's contract."""
+
+    def make():
+        return PruningSampler(torch.arange(VISITED) / 10, epochs=3, keep=0.5, schedule="linear", seed=1)
+
+    return {"pruning": (make, PruningSampler.set_epoch)}
 
 
 # --- the scores, written out ------------------------------------------------------------------------------------------
@@ -326,6 +337,41 @@ def test_applied_it_trains_on_what_the_proxies_score_highest():
     proxies = [fit(DEFAULT_RECIPE, task, small.scaled(0.25), seed=3 + 1_000_003 * k).model for k in (1, 2, 3)]
     mean = torch.stack([el2n_scores(model, task.train) for model in proxies]).mean(0)
     assert run.data.indices == keep_by_score(mean, 0.3).tolist() and run.size == 150
+
+
+def test_applied_it_counts_what_the_proxies_forget():
+    """Each visit's answer is that of the step's only first pass, also where an optimizer asks twice."""
+    small, task, seen = Budget(steps=40, batch_size=32, evaluations=0), resolve_task("digits(model='mlp')"), []
+
+    class Twice(torch.optim.SGD):
+        def step(self, closure):
+            closure()
+            return super().step(closure)
+
+    answers = []
+
+    def by_hand(run):
+        trackers.append(ForgettingTracker(run.size))
+        noted = []
+
+        def loss(model, batch):
+            logits = model(batch.input)
+            if run.step not in noted:
+                noted.append(run.step)
+                trackers[-1].update(batch.index, logits.argmax(1) == batch.target)
+                answers.append(len(batch.index))
+            return F.cross_entropy(logits, batch.target)
+
+        return loss
+
+    recipe, trackers = replace(DEFAULT_RECIPE, update=lambda run: Twice(run.model.parameters(), 0.1)), []
+    watching = apply(recipe, keep=0.3, runs=2, fraction=0.9, score="forgetting")
+    fit(replace(watching, model=lambda run: seen.append(run) or recipe.model(run)), task, small, seed=3)
+    for k in (1, 2):
+        fit(replace(recipe, objective=by_hand), task, small.scaled(0.9), seed=3 + 1_000_003 * k)
+    mean = torch.stack([tracker.scores() for tracker in trackers]).mean(0)
+    assert sum(answers) == 2 * 36 * 32 and mean.isinf().any() and mean.isfinite().any()
+    assert seen[-1].data.indices == keep_by_score(mean, 0.3).tolist()
 
 
 def test_applied_and_keeping_all_it_is_the_plain_run():
