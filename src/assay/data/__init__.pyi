@@ -1,6 +1,7 @@
 # Made from the cards by 'make generate'.
 from assay.data._indexed import IndexedDataset as IndexedDataset
 from assay.data.grand_el2n.grand_el2n import ForgettingTracker as ForgettingTracker
+from assay.data.grand_el2n.grand_el2n import PruningSampler as PruningSampler
 from assay.data.grand_el2n.grand_el2n import ScoreSubset as ScoreSubset
 from assay.data.grand_el2n.grand_el2n import average_scores as average_scores
 from assay.data.grand_el2n.grand_el2n import el2n_scores as el2n_scores
