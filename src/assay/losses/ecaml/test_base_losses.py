@@ -17,7 +17,7 @@ LOSSES = (binomial_deviance, n_pair_loss, triplet_margin_loss)
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 
 
-def embeddings(n=len(LABELS), d=5, seed=0):
+def embeddings(n=8, d=5, seed=0):
     return 2 * torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 

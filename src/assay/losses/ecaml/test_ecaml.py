@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from assay.bench.arms import DEFAULT_RECIPE
+from assay.bench.evidence import FAILS, Bench
 from assay.bench.loop import fit
 from assay.bench.recipe import Budget
 from assay.bench.tasks import resolve_task
 from assay.losses import ECAML, binomial_deviance, energy_confusion, n_pair_loss, triplet_margin_loss
 from assay.losses._contract import Exempt
+from assay.losses.ecaml.claim import CONFUSED, IntoBackbone, claim, effective_rank, split, spread
 from assay.losses.ecaml.ecaml import _drawn, apply
 
 EXAMPLES = [Exempt(energy_confusion, "one number for the pairs of a batch: there is no loss of a single example")]
@@ -32,7 +34,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def embeddings(n=len(LABELS), d=4, seed=0):
+def embeddings(n=9, d=4, seed=0):
     return 2 * torch.randn(n, d, generator=seeded(seed), dtype=torch.float64)
 
 
@@ -407,3 +409,24 @@ def test_in_the_bench_it_says_what_it_needs():
 
 
 # --- the claim
+
+
+@pytest.mark.parametrize("method", [IntoBackbone, ECAML])
+def test_the_broken_variant_is_found_out(method):
+    """A gradient into the backbone collapses it; that shows in the recall, of unseen and of seen classes."""
+    evidence = claim(Bench(), method=method, variants=("N-pair", CONFUSED.format("N-pair")), seeds=3, steps=150)
+    kept = evidence.checks[0]
+    assert kept.name.startswith("R@1 on unseen classes")
+    assert (kept.verdict == FAILS and evidence.verdict == FAILS) == (method is IntoBackbone)
+
+
+def test_what_the_claim_measures():
+    x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [3.0, 0.0], [3.0, 1.0]])
+    # Within: 1, 1, 1, 1. Between: 9, 10, 10, 9 from either side.
+    assert spread(x, torch.tensor([0, 0, 1, 1])) == pytest.approx(9.5)
+    assert effective_rank(x) == pytest.approx(math.exp(0.25 * math.log(4) + 0.75 * math.log(4 / 3)))
+    assert effective_rank(torch.cat([torch.eye(3), -torch.eye(3)])) == pytest.approx(3)
+    for seed in range(100, 120, 2):
+        halves = [split(seed + k) for k in range(2)]
+        assert len(halves[0][1][halves[0][2]].unique()) == 5
+        assert torch.equal(halves[0][2], ~halves[1][2])
