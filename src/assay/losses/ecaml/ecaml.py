@@ -59,7 +59,7 @@ def energy_confusion(
         labels: (N,), in any order.
         pairs_per_sample: at least 1.
         log: whether to take the logarithm.
-        pairs: instead of drawing, (P, 2) indices (i, j), or i (P,) and j (P,) as a tuple; pairs within a class add
+        pairs: instead of drawing, (P, 2) indices (i, j), or two tensors i (P,) and j (P,); pairs within a class add
             nothing.
         generator: draws the partners; None: torch's global one.
         reduction: ``"mean"``, over the pairs used; ``"paper"``: their sum over the number of all pairs i < j of
@@ -123,7 +123,8 @@ def _drawn(labels: Tensor, pairs_per_sample: int, generator: torch.Generator | N
 
 
 def _given(pairs: Pairs, device: torch.device) -> tuple[Tensor, Tensor]:
-    indices = torch.stack(pairs, 1) if isinstance(pairs, tuple) else torch.as_tensor(pairs)
+    apart = isinstance(pairs, tuple | list) and len(pairs) == 2 and all(isinstance(side, Tensor) for side in pairs)
+    indices = torch.stack(tuple(pairs), 1) if apart else torch.as_tensor(pairs)
     if indices.dim() != 2 or indices.shape[1] != 2:
         raise ValueError(f"pairs.shape = {tuple(indices.shape)} is out of range: (P, 2)")
     first, second = indices.to(device).unbind(1)
