@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,20 +28,19 @@ BASES: dict[str, Callable[..., Tensor]] = {
     "N-pair": n_pair_loss,
     "triplet": triplet_margin_loss,
 }
-# Chosen on the class splits of seeds 0 to 7 by the recall of their unseen classes: the rate of each base loss among
-# 1e-3 and 3e-3, the weight among 0.03, 0.1 and 0.3 at either rate.
-RATES = {"binomial": 1e-3, "N-pair": 1e-3, "triplet": 1e-3}
-WITH = {"binomial": (1e-3, 0.1), "N-pair": (1e-3, 0.1), "triplet": (1e-3, 0.1)}
+# Chosen on the class splits of seeds 0 to 7, by R@1 on their unseen classes: the rate for each base loss alone, among
+# 1e-3 and 3e-3, and at this rate the weight of EC, among 0.01, 0.03, 0.1 and 0.3. The outcome is the same for all.
+RATE, WEIGHT = 1e-3, 0.01
 CONFUSED, INTO = "{} + EC", "{} + EC into the backbone"
-VARIANTS = tuple(form.format(base) for base in BASES for form in ("{}", CONFUSED, INTO))
+VARIANTS = (*BASES, *map(CONFUSED.format, BASES), INTO.format("binomial"))
 
 
 class IntoBackbone(ECAML):
     """The broken variant: energy confusion of weight 1, whose gradient goes on into the backbone."""
 
-    def forward(self, features: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         embeddings = self.embedding(features)
-        return self.base_loss(embeddings, labels) + energy_confusion(embeddings, labels, **options)
+        return self.base_loss(embeddings, labels) + energy_confusion(embeddings, labels)
 
 
 def claim(
@@ -49,7 +48,7 @@ def claim(
     *,
     method: Callable[..., nn.Module] = ECAML,
     variants: Sequence[str] = VARIANTS,
-    seeds: int = 20,
+    seeds: int = 30,
     steps: int = 400,
 ) -> Evidence:
     """``method(base_loss, embedding, weight=...)`` is the piece under test."""
@@ -61,8 +60,8 @@ def claim(
 
 
 def checks_of(rows: Rows, bases: Sequence[str]) -> list[Check]:
-    def difference(base: str, metric: str, form: str = CONFUSED) -> np.ndarray:
-        return rows.difference(form.format(base), base, metric)
+    def difference(base: str, metric: str) -> np.ndarray:
+        return rows.difference(CONFUSED.format(base), base, metric)
 
     def average(metric: str) -> np.ndarray:
         return np.mean([difference(base, metric) for base in bases], axis=0)
@@ -80,10 +79,10 @@ def checks_of(rows: Rows, bases: Sequence[str]) -> list[Check]:
         at_most("distance between / within seen classes, with EC / without", ratio("spread"), 1.0),
         at_least("effective rank on unseen classes, with EC - without", average("rank"), 0.0),
     ]
-    broken = [base for base in bases if any(row["variant"] == INTO.format(base) for row in rows)]
-    if broken:
-        falls = np.mean([difference(base, "seen", INTO) for base in broken], axis=0)
-        checks.append(at_most("R@1 on seen classes, EC into the backbone - without (points)", falls, -5.0))
+    broken = INTO.format("binomial")
+    if any(row["variant"] == broken for row in rows):
+        falls = rows.difference(broken, "binomial", "seen")
+        checks.append(at_most("R@1 on seen classes, EC into the backbone - without (points): binomial", falls, -5.0))
     return checks
 
 
@@ -102,14 +101,14 @@ def further(rows: Rows, bases: Sequence[str]) -> list[str]:
 
 
 def train(variant: str, seed: int, *, steps: int, method: Callable[..., nn.Module]) -> dict[str, float]:
-    """A variant as claimed: its base loss, and the weight and the rate chosen for it."""
+    """A variant with the rate and the weight chosen for it."""
     base = next(name for name in BASES if variant.startswith(name))
-    if variant == base:
-        return fit(base, seed, steps=steps, rate=RATES[base], method=functools.partial(ECAML, weight=0))
-    if variant == INTO.format(base):
-        return fit(base, seed, steps=steps, rate=RATES[base], method=IntoBackbone)
-    rate, weight = WITH[base]
-    return fit(base, seed, steps=steps, rate=rate, method=functools.partial(method, weight=weight))
+    makes = {
+        base: functools.partial(ECAML, weight=0),
+        CONFUSED.format(base): functools.partial(method, weight=WEIGHT),
+        INTO.format(base): IntoBackbone,
+    }
+    return fit(base, seed, steps=steps, rate=RATE, method=makes[variant])
 
 
 def fit(base: str, seed: int, *, steps: int, rate: float, method: Callable[..., nn.Module]) -> dict[str, float]:
@@ -195,8 +194,9 @@ def figure(evidence: Evidence) -> Figure:
             axes.plot(values, [place] * len(values), "o", color="0.75", markersize=3)
             axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="s", color="black", capsize=4)
         axes.set_xlabel(label)
+        axes.locator_params(axis="x", nbins=4)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(bases)), bases)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(bases) - 0.6, -0.4)
     drawn.suptitle("with energy confusion minus without", fontsize="medium")
     return drawn
