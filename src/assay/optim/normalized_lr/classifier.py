@@ -52,6 +52,12 @@ class NormalizedLogisticClassifier(ClassifierMixin, BaseEstimator):
     (2, True, 1.0)
     """
 
+    coef_: np.ndarray
+    intercept_: np.ndarray
+    classes_: np.ndarray
+    n_iter_: int
+    solved_: bool
+
     def __init__(self, lr: float = 100.0, max_iter: int = 1000, fit_intercept: bool = False) -> None:
         self.lr = lr
         self.max_iter = max_iter
