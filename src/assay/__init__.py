@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Card", "Comparison", "Task", "UnknownMethod", "cards", "compare", "find", "search"]
 
-_FAMILIES = ("bench", "data", "losses", "metrics", "nn", "optim")
+_FAMILIES = ("bench", "data", "linear_model", "losses", "metrics", "nn", "optim")
 _FROM_BENCH = ("Comparison", "Task", "compare")
 
 
