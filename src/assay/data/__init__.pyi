@@ -14,3 +14,4 @@ from assay.data.unlearnable.unlearnable import pgd as pgd
 from assay.data.unlearnable.unlearnable import random_crop_flip as random_crop_flip
 from assay.data.unlearnable.unlearnable import robust_error_minimizing_noise as robust_error_minimizing_noise
 from assay.data.unlearnable.unlearnable import robust_noise_step as robust_noise_step
+from assay.losses.ecaml.ecaml import PairBatchSampler as PairBatchSampler

@@ -13,6 +13,11 @@ from assay.optim.adadagrad.adadagrad import per_sample_grads as per_sample_grads
 from assay.optim.adamp.adamp import AdamP as AdamP
 from assay.optim.adamp.adamp import SGDP as SGDP
 from assay.optim.adamp.adamp import project_radial as project_radial
+from assay.optim.normalized_lr.normalized_lr import NormalizedLRGD as NormalizedLRGD
+from assay.optim.normalized_lr.normalized_lr import PerceptronResult as PerceptronResult
+from assay.optim.normalized_lr.normalized_lr import batch_perceptron as batch_perceptron
+from assay.optim.normalized_lr.normalized_lr import normalized_lr_scale as normalized_lr_scale
+from assay.optim.normalized_lr.normalized_lr import perceptron as perceptron
 from assay.optim.refined_schedule.refined_schedule import GradNormRecorder as GradNormRecorder
 from assay.optim.refined_schedule.refined_schedule import LinearDecayLR as LinearDecayLR
 from assay.optim.refined_schedule.refined_schedule import RefinedLR as RefinedLR

@@ -18,12 +18,24 @@ from assay.bench.evidence import FAILS, Bench
 from assay.bench.loop import fit
 from assay.bench.recipe import Budget
 from assay.bench.tasks import resolve_task
+from assay.data import PairBatchSampler
+from assay.data._contract import VISITED
 from assay.losses import ECAML, binomial_deviance, energy_confusion, n_pair_loss, triplet_margin_loss
 from assay.losses._contract import Exempt
 from assay.losses.ecaml.claim import CONFUSED, IntoBackbone, claim, effective_rank, split, spread
 from assay.losses.ecaml.ecaml import _drawn, apply
 
 EXAMPLES = [Exempt(energy_confusion, "one number for the pairs of a batch: there is no loss of a single example")]
+
+
+def samplers():
+    """For the contract of data."""
+
+    def make():
+        return PairBatchSampler(torch.arange(VISITED) % 6, classes_per_batch=3, per_class=2, seed=1)
+
+    return {"pair batches": (make, PairBatchSampler.set_epoch)}
+
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 BITWISE = {"rtol": 0.0, "atol": 0.0}
