@@ -182,10 +182,10 @@ def nlm_alignment(params: nn.Module | Iterable[Any] | Tensor) -> dict[str, Tenso
     {'w': tensor(0.6000)}
     """
     if isinstance(params, Tensor):
-        (found,) = [*alignment([params]).values()] or [None]
-        if found is None:
+        alone = alignment([params])
+        if not alone:
             raise ValueError("params = a tensor is out of range: one with a dense, real gradient")
-        return found
+        return alone[0]
     items = list(params.named_parameters() if isinstance(params, nn.Module) else params)
     if items and isinstance(items[0], tuple):
         found = alignment([p for _, p in items])

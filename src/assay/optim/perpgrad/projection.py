@@ -50,10 +50,11 @@ def alike(params: Iterable[Tensor]) -> Iterator[Like]:
     # Sizes are those of the whole tensors, so that all processes make the same lists and meet in the same messages.
     open_lists: dict[Any, Like] = {}
     for place, p in enumerate(params):
-        grad = p.grad
+        grad: Any = p.grad
         if grad is None or grad.layout != torch.strided or grad.is_complex() or p.is_complex():
             continue
-        weight, mesh, placements = p.detach(), None, ()
+        weight: Any = p.detach()
+        mesh, placements = None, ()
         if hasattr(weight, "to_local"):
             mesh, placements = weight.device_mesh, tuple(weight.placements)
             if tuple(grad.placements) != placements:
