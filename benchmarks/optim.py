@@ -23,7 +23,7 @@ from timing import bandwidth, conditions, in_turns, seconds, transient_bytes
 from torch import nn
 
 from assay.bench.loop import state_bytes
-from assay.optim import SGDP, AdamP
+from assay.optim import SGDP, AdamP, PerpGrad
 from assay.optim._rule import RuleOptimizer
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -85,6 +85,19 @@ def candidates() -> Iterator[tuple[str, Make, bool, int]]:
         20,
     )
     yield "assay SGDP", sgdp, False, 28
+    # The sums must be known before the gradient is written: weights and gradients are read twice.
+    yield "assay PerpGrad, AdamW foreach", lambda params: PerpGrad(adamw(params, foreach=True)), False, 48
+    try:
+        orthograd = importlib.import_module("pytorch_optimizer").OrthoGrad
+    except (ImportError, AttributeError):
+        pass
+    else:
+        yield (
+            "pytorch_optimizer OrthoGrad, AdamW foreach",
+            lambda params: orthograd(adamw(params, foreach=True)),
+            False,
+            48,
+        )
     for module, name in (("torch_optimizer", "AdamP"), ("pytorch_optimizer", "AdamP"), ("timm.optim", "AdamP")):
         try:
             peer = getattr(importlib.import_module(module), name)
