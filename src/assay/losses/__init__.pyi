@@ -15,3 +15,4 @@ from assay.losses.utility_probability.utility_probability import revealed_prefer
 from assay.losses.utility_probability.utility_probability import sequence_utility as sequence_utility
 from assay.losses.utility_probability.utility_probability import utility_to_probability as utility_to_probability
 from assay.optim.normalized_lr.normalized_lr import normalized_logistic as normalized_logistic
+from assay.optim.perpgrad.perpgrad import softmax_collapse_fraction as softmax_collapse_fraction

@@ -2,4 +2,4 @@
 
 from assay._lazy import exports
 
-__getattr__, __dir__, __all__ = exports(__name__)
+__getattr__, __dir__, __all__ = exports(__name__, shared={"SAM": "assay.optim._sam"})

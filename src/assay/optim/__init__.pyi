@@ -1,4 +1,5 @@
 # Made from the cards by 'make generate'.
+from assay.optim._sam import SAM as SAM
 from assay.optim.adadagrad.adadagrad import AdaGradNorm as AdaGradNorm
 from assay.optim.adadagrad.adadagrad import AdaptiveBatchSampler as AdaptiveBatchSampler
 from assay.optim.adadagrad.adadagrad import AdaptiveBatchSize as AdaptiveBatchSize
@@ -18,6 +19,9 @@ from assay.optim.normalized_lr.normalized_lr import PerceptronResult as Perceptr
 from assay.optim.normalized_lr.normalized_lr import batch_perceptron as batch_perceptron
 from assay.optim.normalized_lr.normalized_lr import normalized_lr_scale as normalized_lr_scale
 from assay.optim.normalized_lr.normalized_lr import perceptron as perceptron
+from assay.optim.perpgrad.perpgrad import PerpGrad as PerpGrad
+from assay.optim.perpgrad.perpgrad import nlm_alignment as nlm_alignment
+from assay.optim.perpgrad.perpgrad import orthogonalize_grad_ as orthogonalize_grad_
 from assay.optim.refined_schedule.refined_schedule import GradNormRecorder as GradNormRecorder
 from assay.optim.refined_schedule.refined_schedule import LinearDecayLR as LinearDecayLR
 from assay.optim.refined_schedule.refined_schedule import RefinedLR as RefinedLR

@@ -19,13 +19,12 @@ from assay.bench.recipe import Budget
 from assay.bench.spec import parse_specs
 from assay.bench.tasks import resolve_task
 from assay.losses import softmax_collapse_fraction
-from assay.optim import PerpGrad, nlm_alignment, orthogonalize_grad_
+from assay.optim import SAM, PerpGrad, nlm_alignment, orthogonalize_grad_
 from assay.optim._contract import gradients, parameters
 from assay.optim._wrapper_contract import network, train
 from assay.optim.perpgrad import claim as room
 from assay.optim.perpgrad import projection
 from assay.optim.perpgrad.perpgrad import apply
-from assay.optim.ssam.sam import SAM
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
 

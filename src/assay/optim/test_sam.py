@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from assay.optim import SAM
 from assay.optim._wrapper_contract import BASES, EXACT, closure_of, network, train
-from assay.optim.ssam.sam import SAM
 
 
 def by_hand(base, options, *, rho, adaptive=False, steps=20, norm_eps=1e-12):
