@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from assay.data._checks import count, one_of, share
 from assay.data._grad_norms import GhostNorms, chosen_parameters, loop_norms, training_only, vmap_norms
 from assay.data._scoring import Logits, check_scorable, distribution_of, error_norms, probabilities_of, score_examples
 from assay.data._selection import ScoreSubset, keep_by_score
+from assay.data._watching import WatchedBatches
 from assay.data.grand_el2n.forgetting import ForgettingTracker
 from assay.data.grand_el2n.pruning import PruningSampler
 
@@ -31,7 +33,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from assay.bench.recipe import Batch, Objective, Recipe, Run
+    from assay.bench.recipe import Batch, Recipe, Run
 
 
 def el2n_scores(
@@ -326,7 +328,7 @@ def apply(recipe: Recipe, *, keep: float = 0.75, score: str = "el2n", runs: int 
         for k in range(runs):
             proxy, tracker = replace(recipe, data=lambda _: dataset), ForgettingTracker(len(dataset))  # type: ignore[arg-type]
             if score == "forgetting":
-                proxy = replace(proxy, objective=_tracked(recipe, tracker))
+                proxy = replace(proxy, batch=functools.partial(_tracked, recipe, tracker))
             fit = run.fit(proxy, fraction=fraction, seed=run.seed + 1_000_003 * (k + 1))
             found.append(tracker.scores() if score == "forgetting" else _scorer(score)(fit.model, dataset))
         scores = torch.stack(found).double()
@@ -340,29 +342,13 @@ def apply(recipe: Recipe, *, keep: float = 0.75, score: str = "el2n", runs: int 
     return replace(recipe, data=data)
 
 
-def _tracked(recipe: Recipe, tracker: ForgettingTracker) -> Callable[[Run], Objective]:
-    """The recipe's objective, with the answers of each step's first pass noted."""
+def _tracked(recipe: Recipe, tracker: ForgettingTracker, run: Run) -> WatchedBatches:
+    """The recipe's batches, with the answers to them counted."""
 
-    def objective(run: Run) -> Objective:
-        loss_of, noted = recipe.objective(run), -1
+    def note(run: Run, batch: Batch, logits: Tensor) -> None:
+        tracker.update(batch.index, logits.argmax(-1) == batch.target)
 
-        def loss(model: Callable[[Any], Any], batch: Batch) -> Tensor:
-            outputs: list[Tensor] = []
-
-            def watched(inputs: Any) -> Tensor:
-                outputs.append(model(inputs))
-                return outputs[-1]
-
-            nonlocal noted
-            value = loss_of(watched, batch)
-            if run.step != noted:  # an optimizer may ask for the loss of one step several times
-                noted = run.step
-                tracker.update(batch.index, outputs[0].argmax(-1) == batch.target)
-            return value
-
-        return loss
-
-    return objective
+    return WatchedBatches(recipe.batch(run), note)
 
 
 def _scorer(score: str | Scorer) -> Scorer:
