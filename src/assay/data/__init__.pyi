@@ -8,6 +8,12 @@ from assay.data.grand_el2n.grand_el2n import el2n_scores as el2n_scores
 from assay.data.grand_el2n.grand_el2n import grand_scores as grand_scores
 from assay.data.grand_el2n.grand_el2n import keep_by_score as keep_by_score
 from assay.data.grand_el2n.grand_el2n import margin_scores as margin_scores
+from assay.data.pada.pada import CellSuperNetwork as CellSuperNetwork
+from assay.data.pada.pada import GradNormSampler as GradNormSampler
+from assay.data.pada.pada import PathSampler as PathSampler
+from assay.data.pada.pada import Zero as Zero
+from assay.data.pada.pada import pada_mix as pada_mix
+from assay.data.pada.pada import path_grad_norms as path_grad_norms
 from assay.data.unlearnable.unlearnable import Noise as Noise
 from assay.data.unlearnable.unlearnable import error_minimizing_noise as error_minimizing_noise
 from assay.data.unlearnable.unlearnable import pgd as pgd
