@@ -9,16 +9,14 @@ the allocator held beyond what was there before. ``--long`` adds what takes minu
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import conditions, in_turns, seconds, transient_bytes
+from timing import command, conditions, in_turns, seconds, transient_bytes
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -138,18 +136,5 @@ def table(pairs: int, only: list[str], long: bool) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
-    parser.add_argument("--pairs", type=int, default=7, help="pairs, at least 7 for figures to quote")
-    parser.add_argument("--only", nargs="*", default=[], help="names or parts of names")
-    parser.add_argument("--long", action="store_true", help="also what takes minutes, measured once")
-    said = parser.parse_args()
-    text = table(said.pairs, said.only, said.long)
-    print(text)
-    if said.markdown:
-        said.markdown.write_text(text + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, table, "long", "also what takes minutes, measured once", pairs=7)

@@ -11,15 +11,13 @@ to the system after each use and pays for them again (``MALLOC_MMAP_MAX_=0 MALLO
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from timing import bandwidth, conditions, in_turns, seconds, transient_bytes
+from timing import bandwidth, command, conditions, in_turns, seconds, transient_bytes
 from torch import nn
 
 from assay.bench.loop import state_bytes
@@ -148,18 +146,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
-    parser.add_argument("--pairs", type=int, default=9, help="pairs, at least 7 for figures to quote")
-    parser.add_argument("--only", nargs="*", default=[], help="names or parts of names")
-    parser.add_argument("--compile", action="store_true", help="also run ours with compile=True")
-    said = parser.parse_args()
-    text = table(measure(said.pairs, said.only, said.compile))
-    print(text)
-    if said.markdown:
-        said.markdown.write_text(text + "\n", encoding="utf-8")
+def report(pairs: int, only: list[str], compile: bool) -> str:
+    return table(measure(pairs, only, compile))
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, report, "compile", "also run ours with compile=True", pairs=9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import platform
@@ -9,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,3 +77,17 @@ def conditions(pairs: int) -> str:
         f"One thread; {pairs} pairs; malloc: {malloc}; {environment()['machine']['processor']}, "
         f"torch {torch.__version__}, Python {platform.python_version()}."
     )
+
+
+def command(about: str | None, table: Callable[..., str], flag: str, flag_help: str, pairs: int) -> None:
+    """The command line of a benchmark: print ``table(pairs, only, flag)``, and write it where ``--markdown`` says."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    parser.add_argument("--pairs", type=int, default=pairs, help="pairs, at least 7 for figures to quote")
+    parser.add_argument("--only", nargs="*", default=[], help="names or parts of names")
+    parser.add_argument(f"--{flag}", action="store_true", help=flag_help)
+    said = parser.parse_args()
+    text = table(said.pairs, said.only, getattr(said, flag))
+    print(text)
+    if said.markdown:
+        said.markdown.write_text(text + "\n", encoding="utf-8")
