@@ -131,7 +131,7 @@ def test_an_image_half_written_counts_as_not_written(tmp_path):
 
 def test_a_reader_sees_what_is_written_later(tmp_path):
     reader, writer = CropLabelStore(tmp_path, R), CropLabelStore(tmp_path, R)
-    with pytest.raises(ValueError, match="image_id = 0 .* never written"):
+    with pytest.raises(ValueError, match=r"image_id = 0 .* never written"):
         reader.read(0)
     for k in (0, 5, 3):
         writer.write(k, *crops(k))
@@ -195,14 +195,14 @@ def test_a_store_is_what_it_was_made_as(tmp_path, options, message):
 
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="path = .* is out of range: a folder"):
+    with pytest.raises(ValueError, match=r"path = .* is out of range: a folder"):
         CropLabelStore(tmp_path / "file", R)
     for text in ("{", "[]", "{}", '{"num_classes": "many"}'):
         (tmp_path / "header.json").write_text(text)
         with pytest.raises(ValueError, match="is no header of a CropLabelStore"):
             CropLabelStore(tmp_path, R)
     (tmp_path / "header.json").write_text('{"num_classes": 3, "format": "another"}')
-    with pytest.raises(ValueError, match="format = 'assay.CropLabelStore' is out of range: 'another'"):
+    with pytest.raises(ValueError, match=r"format = 'assay\.CropLabelStore' is out of range: 'another'"):
         CropLabelStore(tmp_path, R)
 
 

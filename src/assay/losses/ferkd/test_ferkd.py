@@ -27,7 +27,16 @@ from assay.losses import (
 )
 from assay.losses._contract import Example, Exempt
 from assay.losses.ferkd import ferkd as room
-from assay.losses.ferkd.claim import claim, with_the_teachers_own, without_discarding
+from assay.losses.ferkd.claim import (
+    FERKD,
+    FERKD_WRONG,
+    FKD_WRONG,
+    claim,
+    labelled,
+    labels_of,
+    with_the_teachers_own,
+    without_discarding,
+)
 from assay.losses.ferkd.ferkd import apply
 
 C = 5
@@ -469,10 +478,16 @@ def test_in_the_bench_it_refuses_what_has_no_crops_and_options_out_of_range():
 # --- the claim
 
 
-short = functools.partial(claim, Bench(), seeds=3, epochs=4, steps=120)
-
-
 @pytest.mark.parametrize("method", [with_the_teachers_own, without_discarding, adapt_labels])
 def test_broken_variants_are_found_out(method):
-    evidence = short(adapt=method)
+    evidence = claim(Bench(), adapt=method, variants=[FERKD], seeds=2, epochs=1, steps=60)
     assert (evidence.verdict == FAILS) == (method is not adapt_labels)
+
+
+def test_what_the_wrong_teacher_says_is_put_right_by_the_rule():
+    crops = labelled(0, 60)
+    wrong = crops.targets < 3
+    for variant, share in ((FKD_WRONG, 0.0), (FERKD_WRONG, 1.0)):
+        labels, _ = labels_of(variant, crops, adapt_labels)
+        assert (labels.argmax(1) == crops.targets)[wrong].double().mean() == share
+    assert (labels_of(FERKD_WRONG, crops, with_the_teachers_own)[0].argmax(1) != crops.targets)[wrong].all()
