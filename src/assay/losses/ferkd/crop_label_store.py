@@ -172,7 +172,9 @@ class CropLabelStore:
         return int(np.count_nonzero(self._written))
 
     def __contains__(self, image_id: object) -> bool:
-        return isinstance(image_id, int) and 0 <= image_id < len(self._written) and bool(self._written[image_id])
+        if not isinstance(image_id, int | np.integer):
+            return False
+        return bool(0 <= image_id < len(self._written) and self._written[image_id])
 
     def flush(self) -> None:
         """Have the system write to the disk what it still holds; a process that ends needs none of it."""
@@ -290,7 +292,7 @@ class CropLabelStore:
         if flips.shape != count:
             raise ValueError(f"flips.shape = {tuple(flips.shape)} is out of range: {count}")
         classes = self.num_classes or (probs.shape[-1] if probs.dim() == 3 else "C")
-        if probs.shape != (*count, classes) or not probs.is_floating_point():
+        if probs.shape != (*count, classes) or classes == 1 or not probs.is_floating_point():
             said = f"{tuple(probs.shape)} of {probs.dtype}"
             raise ValueError(
                 f"probs.shape = {said} is out of range: ({count[0]}, {count[1]}, {classes}), floating point"

@@ -221,7 +221,7 @@ def apply(
     smoothing: float = 0.1,
     crops: int = 16,
     num_crops: int = 4,
-    min_scale: float = 0.5,
+    min_scale: float = 0.7,
     flip: float = 0.0,
     mix: float = 0.5,
     fraction: float = 1.0,
@@ -244,7 +244,8 @@ def apply(
     _in_range("num_crops", num_crops, whole, f"an integer in [1, crops = {crops}]")
 
     def objective(run: Run) -> Objective:
-        if run.task.classes is None:
+        images, _ = next(batches(run.data, 1, torch.device(run.device)))
+        if run.task.classes is None or not isinstance(images, Tensor) or images.dim() != 4:
             raise ValueError("ferkd needs a classification task of images (b, c, h, w)")
         below = replace(run.recipe, objective=recipe.objective, data=lambda _: run.data)
         teacher = run.fit(below, fraction=fraction, seed=run.seed + 1_000_003).model
@@ -296,8 +297,6 @@ def _label_crops(
     parts = []
     with evaluating(teacher):
         for images, targets in batches(run.data, 64, torch.device(run.device)):
-            if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
-                raise ValueError("ferkd needs a classification task of images (b, c, h, w)")
             b, (height, width) = len(images), images.shape[2:]
             boxes, flips = random_crops(
                 b * crops, scale=(min_scale, 1.0), aspect=width / height, flip=flip, generator=draw

@@ -106,6 +106,7 @@ def test_writing_goes_on_where_it_stopped(tmp_path):
     del first
     again = CropLabelStore(tmp_path, R)
     assert again.written.tolist() == [0, 2] and len(again) == 2
+    assert np.int64(2) in again and "2" not in again and -1 not in again
     todo = [k for k in range(4) if k not in again]
     assert todo == [1, 3]
     for k in todo:
@@ -226,6 +227,7 @@ def changed(place, value):
         (0, changed(0, lambda boxes: boxes * torch.nan), "boxes = "),
         (0, changed(1, lambda flips: flips[1:]), r"flips.shape = \(1, 5\)"),
         (0, changed(2, lambda probs: probs[:, 1:]), r"probs.shape = \(1, 6, 11\) .* \(1, 6, 12\)"),
+        (0, changed(2, lambda probs: probs[:, 0]), r"probs.shape = \(1, 6\)"),
         (0, changed(2, lambda probs: probs.long()), "floating point"),
         (0, changed(2, lambda probs: 2 * probs), "probs is out of range: .* sum to 1"),
         (0, changed(2, lambda probs: probs.log()), "probs is out of range"),
@@ -257,3 +259,10 @@ def test_what_is_not_there_is_not_read(tmp_path, image_id, n, message):
     store.write([0, 2], *crops(count=2))
     with pytest.raises(ValueError, match=message):
         store.read(image_id, n)
+
+
+def test_a_single_class_makes_no_store(tmp_path):
+    boxes, flips, _ = crops()
+    with pytest.raises(ValueError, match=r"probs.shape = \(1, 6, 1\)"):
+        CropLabelStore(tmp_path / "new", R).write(0, boxes, flips, torch.ones(R, 1))
+    assert not (tmp_path / "new").exists()
