@@ -110,6 +110,9 @@ class CropLabelStore:
         boxes, flips, probs = (torch.as_tensor(part).detach().cpu() for part in (boxes, flips, probs))
         if single:
             boxes, flips, probs = boxes.unsqueeze(0), flips.unsqueeze(0), probs.unsqueeze(0)
+        if self.num_classes is None and self._header.exists():  # made since, through another object
+            self._adopt(self._header)
+            self._map()
         self._check(ids, boxes, flips, probs)
         if self.num_classes is None:
             self._begin(probs.shape[2])

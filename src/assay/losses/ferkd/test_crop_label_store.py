@@ -139,6 +139,17 @@ def test_a_reader_sees_what_is_written_later(tmp_path):
         torch.testing.assert_close(reader.read(k).boxes, crops(k)[0], **EXACT)
 
 
+def test_two_objects_that_write_in_turns(tmp_path):
+    one, other = CropLabelStore(tmp_path, R), CropLabelStore(tmp_path, R)
+    one.write(0, *crops(0))
+    with pytest.raises(ValueError, match=r"probs.shape = \(1, 6, 13\)"):
+        other.write(1, *crops(1, classes=13))
+    other.write(1, *crops(1))
+    one.write(2, *crops(2))
+    for k in range(3):
+        torch.testing.assert_close(CropLabelStore(tmp_path, R).read(k).boxes, crops(k)[0], **EXACT)
+
+
 class Labelled(Dataset):
     def __init__(self, store):
         self.store = store
