@@ -23,17 +23,29 @@ if TYPE_CHECKING:
 
 CLASSES, SIDE, PIECES = 10, 12, 3
 TEACHER, STUDENT, CROPS, PER_IMAGE, IMAGES = 1300, 300, 16, 4, 8
-QUANTILES, PEAK, LR = (0.02, 0.17, 1.0), 0.4, 1e-2
+QUANTILES, PEAK = (0.02, 0.17, 1.0), 0.4
 HARD, FKD, FERKD = "hard labels", "FKD", "FerKD"
 FERKD_SELFMIX, FKD_SELFMIX, FKD_CUTMIX = "FerKD + SelfMix", "FKD + SelfMix", "FKD + CutMix"
 FKD_WRONG, FERKD_WRONG = "FKD, wrong teacher", "FerKD, wrong teacher"
+FKD_TELLING, FERKD_TELLING = "FKD, telling clutter", "FerKD, telling clutter"
+DISCARDING = "FerKD, discarding alone"
 MAIN = (HARD, FKD, FERKD)
-VARIANTS = (HARD, FKD, FERKD, FERKD_SELFMIX, FKD_SELFMIX, FKD_CUTMIX, FKD_WRONG, FERKD_WRONG)
+MIXED, WRONG = (FERKD_SELFMIX, FKD_SELFMIX, FKD_CUTMIX), (FKD_WRONG, FERKD_WRONG)
+VARIANTS = (*MAIN, DISCARDING, *MIXED, *WRONG, FKD_TELLING, FERKD_TELLING)
+# The best mean accuracy over seeds 0 to 3, of 0.005, 0.01 and 0.02 for all three and 0.04 for FKD.
+RATES = {HARD: 0.01, FKD: 0.02, FERKD: 0.01}
 COMPARED = (
     (FERKD, FKD, 0.3),
     (FERKD, HARD, 1.0),
     (FKD_SELFMIX, FKD_CUTMIX, -0.3),
     (FERKD_WRONG, FKD_WRONG, 2.0),
+)
+NOTED = (
+    (FERKD, FKD, "area"),
+    (DISCARDING, FKD, "accuracy"),
+    (FERKD_SELFMIX, FERKD, "accuracy"),
+    (FKD_SELFMIX, FKD, "accuracy"),
+    (FERKD_TELLING, FKD_TELLING, "accuracy"),
 )
 Adapt = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -55,7 +67,7 @@ def claim(
     *,
     adapt: Adapt = adapt_labels,
     variants: Sequence[str] = VARIANTS,
-    seeds: int = 20,
+    seeds: int = 16,
     epochs: int = 15,
     steps: int = 1000,
 ) -> Evidence:
@@ -66,9 +78,10 @@ def claim(
     main = [variant for variant in MAIN if variant in variants]
     rows += bench.rows(run, main, [seed for seed in bench.seeds(seeds) if seed not in few])
     notes = [note(rows, variant) for variant in variants]
-    if {FERKD, FKD} <= set(variants):
-        mean, low, high = mean_interval(gap(rows, FERKD, FKD, "area"))
-        notes.append(f"not gated: accuracy over training, FerKD - FKD: {mean:+.2f} points [{low:+.2f}, {high:+.2f}]")
+    for one, other, metric in NOTED:
+        if {one, other} <= set(variants):
+            mean, low, high = mean_interval(gap(rows, one, other, metric))
+            notes.append(f"not gated: {metric}, {one} - {other}: {mean:+.2f} points [{low:+.2f}, {high:+.2f}]")
     return Evidence(rows, checks_of(rows, variants), notes)
 
 
@@ -109,11 +122,11 @@ class Crops(NamedTuple):
 
 def train(variant: str, seed: int, *, epochs: int, steps: int, adapt: Adapt) -> dict[str, Any]:
     """A small CNN on the stored crops of 300 canvases, 4 of each image in a batch; tested on whole canvases."""
-    crops = labelled(seed, steps)
+    crops = labelled(seed, steps, telling=variant in (FKD_TELLING, FERKD_TELLING))
     labels, keep = labels_of(variant, crops, adapt)
     torch.manual_seed(seed)
     model, draw = network(8), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), LR)
+    optimizer = torch.optim.AdamW(model.parameters(), rate_of(variant))
     batches = STUDENT // IMAGES
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, epochs * batches)
     curve = []
@@ -136,6 +149,10 @@ def train(variant: str, seed: int, *, epochs: int, steps: int, adapt: Adapt) -> 
     return measured | (mechanism(crops, adapt) if variant == FERKD else {})
 
 
+def rate_of(variant: str) -> float:
+    return RATES[HARD if variant == HARD else FKD if variant.startswith(FKD) else FERKD]
+
+
 def mixed(variant: str, x: Tensor, soft: Tensor, used: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
     place = torch.arange(len(x))
     groups = torch.zeros_like(place) if variant == FKD_CUTMIX else place // PER_IMAGE
@@ -151,6 +168,8 @@ def labels_of(variant: str, crops: Crops, adapt: Adapt) -> tuple[Tensor, Tensor]
     probs = crops.probs
     if variant in (FKD_WRONG, FERKD_WRONG):
         probs, t_mid = misled(crops), PEAK + 0.01
+    if variant == DISCARDING:
+        t_mid = t_low
     if variant.startswith(FKD):
         return probs, everything
     labels, keep, _ = adapt(probs, crops.targets, t_low=t_low, t_mid=t_mid, t_top=t_top)
@@ -191,11 +210,11 @@ def accuracy(model: nn.Module, crops: Crops) -> float:
         return 100 * (model(crops.tests).argmax(1) == crops.answers).float().mean().item()
 
 
-@functools.lru_cache(maxsize=1)
-def labelled(seed: int, steps: int) -> Crops:
+@functools.lru_cache(maxsize=2)
+def labelled(seed: int, steps: int, telling: bool = False) -> Crops:
     """A teacher trained on random crops of 1,300 canvases labels 16 crops of each of the first 300."""
     draw = torch.Generator().manual_seed(seed)
-    images, labels = canvases(draw)
+    images, labels = canvases(draw, telling)
     torch.manual_seed(seed)
     teacher = network(16)
     optimizer = torch.optim.AdamW(teacher.parameters(), 5e-3)
@@ -219,18 +238,22 @@ def cropped(images: Tensor, count: int, draw: torch.Generator) -> Tensor:
     return replay_crops(images, boxes.view(-1, count, 4), flips.view(-1, count), SIDE).flatten(0, 1)
 
 
-def canvases(draw: torch.Generator) -> tuple[Tensor, Tensor]:
+def canvases(draw: torch.Generator, telling: bool) -> tuple[Tensor, Tensor]:
     """All digits in a new order, each at a random place of a canvas 12x12 among 3x3 pieces of others.
 
-    The last 497, which are to test on, come three times, each time at another place.
+    The pieces are of any digits, or with ``telling`` of digits of the same class. The last 497, which are to test on,
+    come three times, each time at another place.
     """
     pixels, labels = digits()
     order = torch.randperm(len(pixels), generator=draw)
     order = torch.cat([order, order[TEACHER:], order[TEACHER:]])
     images = pixels.view(-1, 8, 8)
-    canvas = torch.zeros(len(order), SIDE, SIDE)
+    canvas, places = torch.zeros(len(order), SIDE, SIDE), torch.arange(len(order))
     for _ in range(PIECES):
-        others = images[torch.randint(len(pixels), (len(order),), generator=draw)]
+        weights = torch.ones(CLASSES, len(pixels))
+        if telling:
+            weights = F.one_hot(labels, CLASSES).T.float()
+        others = images[weights.multinomial(len(order), replacement=True, generator=draw)[labels[order], places]]
         paste(canvas, others[window(others, 3, draw)], draw)
     paste(canvas, images[order], draw)
     return canvas.unsqueeze(1), labels[order]
