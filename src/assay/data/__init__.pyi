@@ -21,3 +21,7 @@ from assay.data.unlearnable.unlearnable import random_crop_flip as random_crop_f
 from assay.data.unlearnable.unlearnable import robust_error_minimizing_noise as robust_error_minimizing_noise
 from assay.data.unlearnable.unlearnable import robust_noise_step as robust_noise_step
 from assay.losses.ecaml.ecaml import PairBatchSampler as PairBatchSampler
+from assay.losses.ferkd.ferkd import CropLabelStore as CropLabelStore
+from assay.losses.ferkd.ferkd import random_crops as random_crops
+from assay.losses.ferkd.ferkd import replay_crops as replay_crops
+from assay.losses.ferkd.ferkd import self_mix as self_mix

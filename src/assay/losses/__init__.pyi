@@ -4,6 +4,11 @@ from assay.losses.ecaml.ecaml import binomial_deviance as binomial_deviance
 from assay.losses.ecaml.ecaml import energy_confusion as energy_confusion
 from assay.losses.ecaml.ecaml import n_pair_loss as n_pair_loss
 from assay.losses.ecaml.ecaml import triplet_margin_loss as triplet_margin_loss
+from assay.losses.ferkd.ferkd import adapt_labels as adapt_labels
+from assay.losses.ferkd.ferkd import compress_soft_labels as compress_soft_labels
+from assay.losses.ferkd.ferkd import ferkd_loss as ferkd_loss
+from assay.losses.ferkd.ferkd import ferkd_thresholds as ferkd_thresholds
+from assay.losses.ferkd.ferkd import recover_soft_labels as recover_soft_labels
 from assay.losses.mw_loss.mw_loss import contrastive_loss as contrastive_loss
 from assay.losses.mw_loss.mw_loss import mw_loss as mw_loss
 from assay.losses.ps_kd.ps_kd import PSKD as PSKD
