@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 from assay import catalogue
@@ -29,4 +31,14 @@ def exports(
                 return card.load(name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
+    sys.modules[package].__class__ = _Package
     return getattr_, names, names()
+
+
+class _Package(ModuleType):
+    """A package where a public name is what its card says, also if the method's folder has the same name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Importing a subpackage ends with putting it into its parent; there it would hide the function.
+        if not (isinstance(value, ModuleType) and name in self.__all__):
+            super().__setattr__(name, value)
