@@ -44,7 +44,7 @@ class Positives:
         _same_shape("target[1]", values, tuple(indices.shape))
         marked = values > 0
         first = 0 if group is None else first_column(columns, group, indices.device)
-        places = indices - first
+        places = (indices - first).long()
         # Padding may stand at any index; so may, where labels are sharded, another rank's labels.
         inside = (places >= 0) & (places < columns)
         if group is None and indices.device.type == "cpu" and not torch.compiler.is_compiling():

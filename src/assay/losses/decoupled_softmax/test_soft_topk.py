@@ -122,16 +122,6 @@ def test_saturated_rows_keep_finite_gradients(dtype):
     torch.testing.assert_close(soft_topk(x, 2).float()[1], torch.full((4,), 0.5), rtol=0, atol=1e-2)
 
 
-def test_it_compiles():
-    torch._dynamo.reset()
-    for operator, k in ((soft_topk, 2), (log_soft_topk, torch.tensor([1, 2, 3]))):
-        x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-        compiled = torch.compile(operator, backend="aot_eager", fullgraph=True)
-        ones, others = operator(x, k, 1.0, 8), compiled(x, k, 1.0, 8)
-        torch.testing.assert_close(ones, others)
-        torch.testing.assert_close(*(torch.autograd.grad(y.pow(2).sum(), x)[0] for y in (ones, others)))
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
