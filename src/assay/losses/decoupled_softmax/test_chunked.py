@@ -20,7 +20,7 @@ from assay.losses import (
 
 N, C, D = 6, 23, 5
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
-SIZES = [1, 7, 23, 100]
+SIZES = [5, 23, 100]
 CASES = [
     (chunked_decoupled_softmax, decoupled_softmax, {}),
     (chunked_decoupled_softmax, decoupled_softmax, {"temperature": 0.3, "normalize": "sum"}),

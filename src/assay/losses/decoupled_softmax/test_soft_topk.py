@@ -34,7 +34,7 @@ def row_by_row(x, k, alpha, n_iter):
     return [torch.tensor(numbers, dtype=torch.float64) for numbers in (values, logs, slopes, log_slopes)]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(st.integers(0, 10_000), st.integers(1, 6), st.floats(0.1, 2))
 def test_values_and_gradients_are_those_of_the_formula(seed, k, alpha):
     torch.manual_seed(seed)
@@ -66,7 +66,7 @@ def test_finite_differences_of_first_and_second_order():
             assert torch.autograd.gradgradcheck(lambda x, f=operator, k=k: f(x, k, 1.3), x)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(st.integers(0, 10_000), st.integers(1, 99), st.floats(0.05, 20))
 def test_rows_sum_to_k_and_keep_the_order(seed, k, alpha):
     torch.manual_seed(seed)
