@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from assay._processes import run_on_two
 from assay.bench.arms import DEFAULT_RECIPE
-from assay.bench.evidence import FAILS, Bench
 from assay.bench.loop import fit
 from assay.bench.recipe import Budget
 from assay.bench.tasks import resolve_task
@@ -27,7 +25,6 @@ from assay.losses import (
     soft_topk_loss,
 )
 from assay.losses._contract import Example, Exempt
-from assay.losses.decoupled_softmax.claim import DECOUPLED, SOFTMAX, claim, measures, share_found
 from assay.losses.decoupled_softmax.decoupled_softmax import apply
 
 C = 7
@@ -344,7 +341,7 @@ def test_without_sampling_more_positives_than_places_share_them():
     torch.testing.assert_close(loss, torch.tensor(math.log(6), dtype=torch.float64))
 
 
-# --- memory, autocast, compilation, processes
+# --- memory, autocast, compilation
 
 
 class Largest(TorchDispatchMode):
@@ -391,66 +388,6 @@ def test_a_temperature_may_be_learned():
     temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     for loss in LOSSES:
         assert torch.autograd.gradcheck(lambda t, f=loss: f(scores, target, temperature=t), temperature)
-
-
-SHARDED = """
-import functools
-from assay.losses import decoupled_softmax, log_soft_topk, multilabel_bce, multilabel_softmax, soft_topk, soft_topk_loss
-
-draw = torch.Generator().manual_seed(0)
-scores = 2 * torch.randn(5, 9, generator=draw, dtype=torch.float64)
-indices = torch.stack([torch.randperm(9, generator=draw)[:4] for _ in range(5)])
-values = torch.rand(5, 4, generator=draw, dtype=torch.float64)
-values = values * (torch.arange(4) < torch.tensor([4, 0, 1, 2, 3])[:, None])
-dense = torch.zeros(5, 9, dtype=torch.float64).scatter_add(1, indices, values)
-here = slice(0, 6) if rank == 0 else slice(6, 9)
-half = functools.partial(soft_topk_loss, n_iter=60)
-cases = [
-    (decoupled_softmax, {}), (decoupled_softmax, {"temperature": 0.5, "normalize": "sum"}),
-    (multilabel_softmax, {}), (multilabel_bce, {}), (multilabel_bce, {"normalize": "sum"}),
-    (half, {"k": 2, "sample_positives": False}), (half, {"k": "num_pos"}),
-    (half, {"k": torch.tensor([5, 1, 2, 3, 4]), "sample_positives": False}),
-]
-sampled = [
-    (decoupled_softmax, {"num_sampled_positives": 2}), (half, {"k": 2}), (half, {"k": torch.tensor([2, 1, 1, 1, 3])}),
-]
-for number, (loss, options) in enumerate(cases + sampled):
-    drawn = number >= len(cases)
-    for reduction in ("mean", "none"):
-        for target, own in (((indices, values), (indices, values)), (dense, dense[:, here])):
-            if drawn and target is dense:
-                try:
-                    loss(scores[:, here], own, group=dist.group.WORLD, **options)
-                    raise AssertionError("a dense slice was sampled")
-                except ValueError as error:
-                    assert "where positives are sampled" in str(error)
-                continue
-            seeds = {"generator": torch.Generator().manual_seed(7)} if drawn else {}
-            whole = scores.clone().requires_grad_()
-            expected = loss(whole, target, reduction=reduction, **options, **seeds)
-            expected.pow(2).sum().backward()
-            # Rank 0's draws count.
-            seeds = {"generator": torch.Generator().manual_seed(7 + rank)} if drawn else {}
-            part = scores[:, here].clone().requires_grad_()
-            found = loss(part, own, reduction=reduction, group=dist.group.WORLD, **options, **seeds)
-            found.pow(2).sum().backward()
-            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-            torch.testing.assert_close(part.grad, whole.grad[:, here], rtol=1e-9, atol=1e-12)
-
-g = torch.randn(5, 9, generator=draw, dtype=torch.float64)
-for operator in (soft_topk, log_soft_topk):
-    for k in (3, torch.tensor([1, 8, 2, 4, 3])):
-        whole, part = scores.clone().requires_grad_(), scores[:, here].clone().requires_grad_()
-        expected, found = operator(whole, k, 1.5), operator(part, k, 1.5, group=dist.group.WORLD)
-        expected.backward(g)
-        found.backward(g[:, here])
-        torch.testing.assert_close(found, expected[:, here], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(part.grad, whole.grad[:, here], rtol=1e-9, atol=1e-12)
-"""
-
-
-def test_labels_over_two_processes_are_as_in_one(tmp_path):
-    run_on_two(SHARDED, tmp_path)
 
 
 # --- wrong use
@@ -527,32 +464,3 @@ def test_in_the_bench_it_is_the_objective():
     for option in ({"k": 0}, {"alpha": -1.0}):
         with pytest.raises(ValueError, match="is out of range"):
             apply(recipe, **option)
-
-
-# --- the claim
-
-
-def coupled(scores, target, **options):
-    """The first broken variant: positives stay in the denominator."""
-    return multilabel_softmax(scores, target, **{"normalize": "mean", **options})
-
-
-def heavy(scores, target, **options):
-    """The second broken variant: without 1/|P|, so that queries with many labels weigh more."""
-    return decoupled_softmax(scores, target, **{**options, "normalize": "sum"})
-
-
-@pytest.mark.parametrize("method", [coupled, heavy, decoupled_softmax])
-def test_broken_variants_are_found_out(method):
-    evidence = claim(Bench(), method=method, variants=(SOFTMAX, DECOUPLED), seeds=2, steps=20)
-    mechanism = {check.verdict for check in evidence.checks[:3]}
-    assert (FAILS in mechanism) == (method is not decoupled_softmax)
-    assert method is decoupled_softmax or evidence.verdict == FAILS
-
-
-def test_measures_of_retrieval():
-    scores = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]])
-    relevant = torch.tensor([[1, 0, 1, 0, 0, 1], [0, 0, 0, 0, 0, 1]]).bool()
-    assert share_found(scores, relevant, 3) == pytest.approx((2 / 3 + 1) / 2)
-    found = measures(torch.cat([scores, scores - 10], 1), torch.cat([relevant, torch.zeros_like(relevant)], 1))
-    assert found == pytest.approx({"P@1": 1.0, "P@5": (2 / 3 + 1) / 2, "R@10": 1.0})
