@@ -1,4 +1,14 @@
 # Made from the cards by 'make generate'.
+from assay.losses.decoupled_softmax.decoupled_softmax import chunked_decoupled_softmax as chunked_decoupled_softmax
+from assay.losses.decoupled_softmax.decoupled_softmax import chunked_soft_topk_loss as chunked_soft_topk_loss
+from assay.losses.decoupled_softmax.decoupled_softmax import decoupled_softmax as decoupled_softmax
+from assay.losses.decoupled_softmax.decoupled_softmax import encode_in_chunks as encode_in_chunks
+from assay.losses.decoupled_softmax.decoupled_softmax import log_soft_topk as log_soft_topk
+from assay.losses.decoupled_softmax.decoupled_softmax import multilabel_bce as multilabel_bce
+from assay.losses.decoupled_softmax.decoupled_softmax import multilabel_softmax as multilabel_softmax
+from assay.losses.decoupled_softmax.decoupled_softmax import positives_from_csr as positives_from_csr
+from assay.losses.decoupled_softmax.decoupled_softmax import soft_topk as soft_topk
+from assay.losses.decoupled_softmax.decoupled_softmax import soft_topk_loss as soft_topk_loss
 from assay.losses.ecaml.ecaml import ECAML as ECAML
 from assay.losses.ecaml.ecaml import binomial_deviance as binomial_deviance
 from assay.losses.ecaml.ecaml import energy_confusion as energy_confusion
