@@ -55,6 +55,14 @@ def same(ones: list[nn.Parameter], others: list[nn.Parameter], **close: float) -
 EXACT = {"rtol": 0.0, "atol": 0.0}
 
 
+class Twice(torch.optim.SGD):
+    """Asks for the loss of a step twice, as some optimizers do: what an objective remembers must not notice."""
+
+    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
+        closure()
+        return super().step(closure)
+
+
 def knows(make: Make, option: str) -> None:
     """Skip a check of an option that this optimizer does not have."""
     if option not in inspect.signature(make).parameters:

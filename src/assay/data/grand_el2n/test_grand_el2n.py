@@ -33,6 +33,7 @@ from assay.data import (
 from assay.data._contract import VISITED
 from assay.data.grand_el2n.claim import claim, figure
 from assay.data.grand_el2n.grand_el2n import apply
+from assay.optim._contract import Twice
 
 METHODS = ("vmap", "loop", "ghost")
 
@@ -342,11 +343,6 @@ def test_applied_it_trains_on_what_the_proxies_score_highest():
 def test_applied_it_counts_what_the_proxies_forget():
     """Each visit's answer is that of the step's only first pass, also where an optimizer asks twice."""
     small, task, seen = Budget(steps=40, batch_size=32, evaluations=0), resolve_task("digits(model='mlp')"), []
-
-    class Twice(torch.optim.SGD):
-        def step(self, closure):
-            closure()
-            return super().step(closure)
 
     answers = []
 

@@ -23,6 +23,7 @@ from assay.data import CellSuperNetwork, GradNormSampler, PathSampler, Zero, pad
 from assay.data._contract import VISITED
 from assay.data.pada.claim import claim
 from assay.data.pada.pada import apply
+from assay.optim._contract import Twice
 
 DOUBLE = {"dtype": torch.float64}
 
@@ -341,11 +342,6 @@ def test_what_is_out_of_range_is_named(call, message):
 def test_in_the_bench_it_is_the_batches():
     """The weights are those of a loop written by hand, also with an optimizer that asks for a loss twice."""
     task, budget = resolve_task("digits(model='mlp')"), Budget(steps=40, batch_size=50, evaluations=0)
-
-    class Twice(torch.optim.SGD):
-        def step(self, closure):
-            closure()
-            return super().step(closure)
 
     from dataclasses import replace
 

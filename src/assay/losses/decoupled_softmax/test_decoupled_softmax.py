@@ -26,6 +26,7 @@ from assay.losses import (
 )
 from assay.losses._contract import Example, Exempt
 from assay.losses.decoupled_softmax.decoupled_softmax import apply
+from assay.optim._contract import Twice
 
 C = 7
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -440,11 +441,6 @@ def test_what_does_not_fit_is_named():
 
 def test_in_the_bench_it_is_the_objective():
     task, budget = resolve_task("digits(model='mlp')"), Budget(steps=20, batch_size=60, evaluations=0)
-
-    class Twice(torch.optim.SGD):
-        def step(self, closure):
-            closure()
-            return super().step(closure)
 
     recipe = replace(DEFAULT_RECIPE, update=lambda run: Twice(run.model.parameters(), 0.1))
 

@@ -24,6 +24,7 @@ from assay.losses import ECAML, binomial_deviance, energy_confusion, n_pair_loss
 from assay.losses._contract import Exempt
 from assay.losses.ecaml.claim import CONFUSED, IntoBackbone, claim, effective_rank, split, spread
 from assay.losses.ecaml.ecaml import _drawn, apply
+from assay.optim._contract import Twice
 
 EXAMPLES = [Exempt(energy_confusion, "one number for the pairs of a batch: there is no loss of a single example")]
 
@@ -381,11 +382,6 @@ def test_what_does_not_fit_is_named():
 def test_in_the_bench_it_is_the_objective():
     """The weights are those of a loop written by hand, also with an optimizer that asks for a loss twice."""
     task, budget = resolve_task("digits(model='mlp')"), Budget(steps=20, batch_size=60, evaluations=0)
-
-    class Twice(torch.optim.SGD):
-        def step(self, closure):
-            closure()
-            return super().step(closure)
 
     recipe = replace(DEFAULT_RECIPE, update=lambda run: Twice(run.model.parameters(), 0.1))
     seen = []

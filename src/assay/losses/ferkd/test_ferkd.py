@@ -38,6 +38,7 @@ from assay.losses.ferkd.claim import (
     without_discarding,
 )
 from assay.losses.ferkd.ferkd import apply
+from assay.optim._contract import Twice
 
 C = 5
 EXACT = {"rtol": 0.0, "atol": 0.0}
@@ -369,14 +370,6 @@ def test_arguments_out_of_range_are_named(call, message):
 
 
 SMALL = Budget(steps=20, batch_size=30, evaluations=0)
-
-
-class Twice(torch.optim.SGD):
-    """Asks for each step's loss twice."""
-
-    def step(self, closure):
-        closure()
-        return super().step(closure)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from assay.losses import contrastive_loss, mw_loss
 from assay.losses._contract import Example
 from assay.losses.mw_loss.claim import CL, MW, OFFSETS, claim, within_query
 from assay.losses.mw_loss.mw_loss import apply
+from assay.optim._contract import Twice
 
 pair_sums = importlib.import_module("assay.losses.mw_loss.pair_sums")
 EXACT = {"rtol": 0.0, "atol": 0.0}
@@ -397,11 +398,6 @@ def test_scores_that_do_not_fit_are_named():
 def test_in_the_bench_it_is_the_objective():
     """The weights are those of a loss written by hand, also with an optimizer that asks for a loss twice."""
     task, budget = resolve_task("digits(model='mlp')"), Budget(steps=20, batch_size=32, evaluations=0)
-
-    class Twice(torch.optim.SGD):
-        def step(self, closure):
-            closure()
-            return super().step(closure)
 
     def by_hand(model, batch):
         logits = model(batch.input)

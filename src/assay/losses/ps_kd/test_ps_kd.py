@@ -29,6 +29,7 @@ from assay.losses.ps_kd.claim import (
     risk_coverage,
 )
 from assay.losses.ps_kd.ps_kd import apply
+from assay.optim._contract import Twice
 
 N, C = 12, 4
 EXACT = {"rtol": 0.0, "atol": 0.0}
@@ -402,11 +403,6 @@ def test_what_does_not_fit_is_named():
 def test_in_the_bench_it_is_the_objective():
     """The weights are those of a loop written by hand, also with an optimizer that asks for a loss twice."""
     task, budget = resolve_task("digits(model='mlp')"), Budget(steps=30, batch_size=60, evaluations=0)
-
-    class Twice(torch.optim.SGD):
-        def step(self, closure):
-            closure()
-            return super().step(closure)
 
     recipe = replace(DEFAULT_RECIPE, update=lambda run: Twice(run.model.parameters(), 0.1))
     seen = []

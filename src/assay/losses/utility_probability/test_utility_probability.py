@@ -26,6 +26,7 @@ from assay.losses.utility_probability.claim import (
 )
 from assay.losses.utility_probability.claim_transduction import STEPS, accuracy, beam, edit_distance, scores_of
 from assay.losses.utility_probability.utility_probability import apply
+from assay.optim._contract import Twice
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -327,11 +328,6 @@ def test_in_the_bench_it_is_the_objective():
 
 
 def test_in_the_bench_a_run_may_ask_twice_or_diverge():
-    class Twice(torch.optim.SGD):
-        def step(self, closure):
-            closure()
-            return super().step(closure)
-
     twice = replace(DEFAULT_RECIPE, update=lambda run: Twice(run.model.parameters(), 0.1))
     assert fitted(apply(twice)).steps == 20
     broken = replace(DEFAULT_RECIPE, update=lambda run: torch.optim.SGD(run.model.parameters(), 1e30))
