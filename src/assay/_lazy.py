@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 from assay import catalogue
+
+
+class _Package(ModuleType):
+    """A package whose public names stay what the cards say where a room has the same name (``data.noise_mask``)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The import of a submodule binds it in its package, where it would hide the function of this name.
+        if not (isinstance(value, ModuleType) and name in self.__all__):
+            super().__setattr__(name, value)
 
 
 def exports(
@@ -29,4 +40,5 @@ def exports(
                 return card.load(name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
+    sys.modules[package].__class__ = _Package
     return getattr_, names, names()
