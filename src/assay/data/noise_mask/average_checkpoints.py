@@ -19,7 +19,7 @@ def average_checkpoints(state_dicts: Iterable[Mapping[str, Any]]) -> dict[str, A
         state_dicts: at least one; read one after the other, so a generator that loads files holds one at a time.
 
     Returns:
-        A new dict with the entries of the first in their order, on their devices.
+        A new dict with the same entries; nothing in it is shared with the checkpoints.
 
     Raises:
         ValueError: no checkpoint, or two with other names or shapes.
@@ -30,10 +30,8 @@ def average_checkpoints(state_dicts: Iterable[Mapping[str, Any]]) -> dict[str, A
     Example:
         >>> import torch
         >>> from assay.data import average_checkpoints
-        >>> average_checkpoints({"weight": torch.tensor([w]), "steps": torch.tensor(w)} for w in (1, 2))
-        {'weight': tensor([2]), 'steps': tensor(2)}
-        >>> average_checkpoints({"weight": torch.tensor([w])} for w in (1.0, 2.0))
-        {'weight': tensor([1.5000])}
+        >>> average_checkpoints({"weight": torch.tensor([k / 2]), "steps": torch.tensor(k)} for k in (1, 2))
+        {'weight': tensor([0.7500]), 'steps': tensor(2)}
     """
     sums: dict[str, Tensor] = {}
     last: dict[str, Any] = {}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from assay.bench.recipe import Batch, Objective, Recipe, Run
 
 EPS = 1e-6  # how far a sample stays from 0 and 1, where a Beta density may be infinite
+FAR = 10.0  # largest |log-concentration|: beyond it float32 cannot tell densities, and a policy runs off to infinity
 
 
 def noise_mask(
@@ -111,10 +112,11 @@ def _spread(cells: Tensor, size: int | Sequence[int], grid: int, kernel_size: in
 class NoiseMaskPolicy(nn.Module):
     """A network that looks at each image and says how a mask for it is to be drawn: a Beta distribution per cell.
 
-    With features h = ``feature_extractor(images)`` and two heads A and B (Linear, BatchNorm, ReLU twice, Linear) ::
+    With features h = ``feature_extractor(images)`` and two heads A and B, the modules ``alpha`` and ``beta`` (Linear,
+    BatchNorm, ReLU, the same again, Linear) ::
 
         a = decay * base_alpha + (1 - decay) * A(h)         b = decay * base_beta + (1 - decay) * B(h)
-        p = Beta(exp(a), exp(b)), independent over the grid's cells
+        p = Beta(exp(a), exp(b)), independent over the grid's cells; a and b are kept in [-10, 10]
         base_alpha <- base_momentum * base_alpha + (1 - base_momentum) * (mean of A(h) over the batch)
 
     and so for ``base_beta``; the bases start as U(0, 1), have no gradient and move in training mode only, after a and b
@@ -193,11 +195,15 @@ class NoiseMaskPolicy(nn.Module):
 
         The mask, (B, 1, H, W) in the images' dtype and without gradient, is that of :func:`noise_mask` (same options);
         the log-density of each cell's value, (B, grid**2) and at least float32, is what the policy is trained through.
+        A policy whose weights are no longer finite gives masks that are NaN.
         """
         dist = self(images)
         cells = _draw(dist, generator)
+        log_density = dist.log_prob(cells)
+        # From concentrations that are NaN torch draws 0.5, behind which a policy that has diverged would go unseen.
+        cells = cells.masked_fill(log_density.detach().isnan(), math.nan)
         mask = _spread(cells, images.shape[-2:], self.grid, kernel_size, sigma)
-        return mask.to(images.dtype), dist.log_prob(cells)
+        return mask.to(images.dtype) if images.is_floating_point() else mask, log_density
 
     def base_distribution(self) -> Beta:
         """``Beta(exp(base_alpha), exp(base_beta))``, of shape (1, grid**2): the policy without an image."""
@@ -211,8 +217,8 @@ def _head(features: int, cells: int) -> nn.Sequential:
 
 
 def _beta(log_alpha: Tensor, log_beta: Tensor) -> Beta:
-    # The check of its arguments would make a GPU wait, and exp() leaves nothing to check.
-    return Beta(log_alpha.exp(), log_beta.exp(), validate_args=False)
+    # The check of its arguments would make a GPU wait.
+    return Beta(log_alpha.clamp(-FAR, FAR).exp(), log_beta.clamp(-FAR, FAR).exp(), validate_args=False)
 
 
 def feature_extractor(channels: int, width: int = 16) -> tuple[nn.Module, int]:
@@ -234,7 +240,7 @@ def apply(
     recipe: Recipe,
     *,
     heating: float = 0.5,
-    policy_lr: float = 3e-3,
+    policy_lr: float = 1e-3,
     estimator: str = "reinforce",
     grid: int = 8,
     kernel_size: int = 3,
@@ -248,9 +254,11 @@ def apply(
     once a step. No checkpoints are averaged: the model goes on as it is.
     """
     one_of("estimator", estimator, ESTIMATORS)
-    for name, value in (("heating", heating), ("policy_lr", policy_lr)):
-        if not 0 <= value <= (1 if name == "heating" else math.inf):
-            raise ValueError(f"{name} = {value!r} is out of range: {'[0, 1]' if name == 'heating' else '>= 0'}")
+    count("grid", grid)
+    if not 0 <= heating <= 1:
+        raise ValueError(f"heating = {heating!r} is out of range: [0, 1]")
+    if not 0 <= policy_lr < math.inf:
+        raise ValueError(f"policy_lr = {policy_lr!r} is out of range: [0, inf)")
 
     def objective(run: Run) -> Objective:
         shape = tuple(getattr(run.data[0][0], "shape", ()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from dataclasses import replace
 
@@ -17,12 +18,15 @@ from torch import nn
 from torch.distributions import Beta
 
 from assay.bench.arms import DEFAULT_RECIPE
+from assay.bench.evidence import FAILS, Bench
 from assay.bench.loop import evaluate, fit
 from assay.bench.recipe import Budget
 from assay.bench.tasks import resolve_task
 from assay.data import NoiseMaskPolicy, noise_mask
 from assay.data.noise_mask.noise_mask import apply, feature_extractor
 from assay.losses import noise_mask_loss
+
+claims = importlib.import_module("assay.data.noise_mask.claim")  # by name: assay.data.noise_mask is the function
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -273,6 +277,29 @@ def test_half_precision_draws_and_weighs_in_single():
     assert half.base_distribution().concentration1.dtype == torch.float32
 
 
+def test_concentrations_stay_where_densities_can_be_told():
+    policy, images = small_policy(), torch.randn(5, 1, 8, 8)
+    with torch.no_grad():
+        policy.alpha[6].bias.copy_(torch.linspace(-2e3, 2e3, 16))
+    _, log_density = policy.sample(images, kernel_size=3)
+    dist = policy(images)
+    assert dist.concentration1.min().item() == pytest.approx(math.exp(-10)) and log_density.isfinite().all()
+    assert dist.concentration1.max().item() == pytest.approx(math.exp(10))
+    noise_mask_loss(log_density, torch.rand(5), estimator="reinforce").backward()
+    assert all(p.grad.isfinite().all() for p in policy.parameters())
+
+
+def test_a_policy_that_has_diverged_is_seen_in_its_masks():
+    policy = small_policy()
+    with torch.no_grad():
+        policy.alpha[6].bias[3] = math.nan
+    mask, log_density = policy.sample(torch.randn(5, 1, 8, 8), kernel_size=1)
+    assert torch.equal(
+        mask.isnan(), log_density.isnan().view(5, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    )
+    assert mask.isnan().any()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -371,6 +398,32 @@ def test_what_the_bench_cannot_use_is_refused():
     for task in ("tabular", "text"):
         with pytest.raises(ValueError, match="noise-mask needs images"):
             fit(apply(DEFAULT_RECIPE), resolve_task(task), Budget(steps=1), 7)
-    for options in ({"heating": 1.5}, {"policy_lr": -1.0}, {"estimator": "exact"}):
+    for options in ({"heating": 1.5}, {"policy_lr": -1.0}, {"estimator": "exact"}, {"grid": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} = .* is out of range"):
             apply(DEFAULT_RECIPE, **options)
+
+
+# --- the claim ---
+
+
+@pytest.mark.parametrize("loss", [claims.reversed_sign, noise_mask_loss])
+def test_a_policy_turned_round_is_found_out(loss, monkeypatch):
+    monkeypatch.setattr(claims, "POLICY_RATE", 5e-3)  # a run this short shows nothing at the claim's own rate
+    evidence = claims.claim(Bench(), loss=loss, variants=(claims.FIXED,), seeds=6, heating=8)
+    assert (evidence.verdict == FAILS) == (loss is claims.reversed_sign)
+
+
+@pytest.mark.parametrize("broken", [{"masked_test": True}, {"fine_tune": False}])
+def test_masks_at_the_end_are_found_out(broken):
+    variants = (claims.PLAIN, claims.LEARNED)
+    evidence = claims.claim(Bench(), **broken, variants=variants, seeds=3, heating=4, tuning=1)
+    assert evidence.checks[0].verdict == FAILS and evidence.checks[0].observed < -2
+
+
+# --- what a name means ---
+
+
+def test_the_function_is_not_hidden_by_the_room_of_the_same_name():
+    import assay.data
+
+    assert assay.data.noise_mask is noise_mask and callable(noise_mask)
