@@ -11,15 +11,6 @@ from typing import Any
 from assay import catalogue
 
 
-class _Package(ModuleType):
-    """A package whose public names stay what the cards say where a room has the same name (``data.noise_mask``)."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # The import of a submodule binds it in its package, where it would hide the function of this name.
-        if not (isinstance(value, ModuleType) and name in self.__all__):
-            super().__setattr__(name, value)
-
-
 def exports(
     package: str, *, shared: Mapping[str, str] | None = None
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
@@ -42,3 +33,12 @@ def exports(
 
     sys.modules[package].__class__ = _Package
     return getattr_, names, names()
+
+
+class _Package(ModuleType):
+    """A package where a public name is what its card says, also if the method's folder has the same name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Importing a subpackage ends with putting it into its parent; there it would hide the function.
+        if not (isinstance(value, ModuleType) and name in self.__all__):
+            super().__setattr__(name, value)
