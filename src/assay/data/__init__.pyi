@@ -8,6 +8,9 @@ from assay.data.grand_el2n.grand_el2n import el2n_scores as el2n_scores
 from assay.data.grand_el2n.grand_el2n import grand_scores as grand_scores
 from assay.data.grand_el2n.grand_el2n import keep_by_score as keep_by_score
 from assay.data.grand_el2n.grand_el2n import margin_scores as margin_scores
+from assay.data.noise_mask.noise_mask import NoiseMaskPolicy as NoiseMaskPolicy
+from assay.data.noise_mask.noise_mask import average_checkpoints as average_checkpoints
+from assay.data.noise_mask.noise_mask import noise_mask as noise_mask
 from assay.data.pada.pada import CellSuperNetwork as CellSuperNetwork
 from assay.data.pada.pada import GradNormSampler as GradNormSampler
 from assay.data.pada.pada import PathSampler as PathSampler

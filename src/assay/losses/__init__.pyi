@@ -1,4 +1,5 @@
 # Made from the cards by 'make generate'.
+from assay.data.noise_mask.noise_mask import noise_mask_loss as noise_mask_loss
 from assay.losses.decoupled_softmax.decoupled_softmax import chunked_decoupled_softmax as chunked_decoupled_softmax
 from assay.losses.decoupled_softmax.decoupled_softmax import chunked_soft_topk_loss as chunked_soft_topk_loss
 from assay.losses.decoupled_softmax.decoupled_softmax import decoupled_softmax as decoupled_softmax
