@@ -57,7 +57,12 @@ def gradients(loss, queries, labels):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+def named(case):
+    """Functions by their names: their addresses differ between the processes that run the tests."""
+    return f"{case[0].__name__}-{case[2]}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
 def test_value_and_gradients_are_those_of_the_plain_loss(case, size):
     chunked, plain, options = case
     queries, labels = embeddings()
@@ -72,7 +77,7 @@ def test_value_and_gradients_are_those_of_the_plain_loss(case, size):
             torch.testing.assert_close(one, other, **CLOSE)
 
 
-@pytest.mark.parametrize("case", CASES[:2] + CASES[4:], ids=str)
+@pytest.mark.parametrize("case", CASES[:2] + CASES[4:], ids=named)
 def test_a_dense_target_is_turned_into_lists(case):
     chunked, plain, options = case
     queries, labels = embeddings()
@@ -111,7 +116,7 @@ def test_no_more_scores_than_a_chunk_are_held(chunked):
     assert queries.grad.isfinite().all() and labels.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=named)
 def test_half_precision_and_autocast_are_computed_in_single(case):
     chunked, plain, options = case
     queries, labels = (x.bfloat16() for x in embeddings())
