@@ -56,12 +56,12 @@ def gradients(loss, queries, labels):
     return value.detach(), *torch.autograd.grad(value.pow(2).sum(), inputs)
 
 
-@pytest.mark.parametrize("size", SIZES)
 def named(case):
     """Functions by their names: their addresses differ between the processes that run the tests."""
     return f"{case[0].__name__}-{case[2]}"
 
 
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("case", CASES, ids=named)
 def test_value_and_gradients_are_those_of_the_plain_loss(case, size):
     chunked, plain, options = case
