@@ -23,6 +23,7 @@ from assay.data.unlearnable.unlearnable import pgd as pgd
 from assay.data.unlearnable.unlearnable import random_crop_flip as random_crop_flip
 from assay.data.unlearnable.unlearnable import robust_error_minimizing_noise as robust_error_minimizing_noise
 from assay.data.unlearnable.unlearnable import robust_noise_step as robust_noise_step
+from assay.losses.cfcd.cfcd import TupleSampler as TupleSampler
 from assay.losses.ecaml.ecaml import PairBatchSampler as PairBatchSampler
 from assay.losses.ferkd.ferkd import CropLabelStore as CropLabelStore
 from assay.losses.ferkd.ferkd import random_crops as random_crops

@@ -1,5 +1,11 @@
 # Made from the cards by 'make generate'.
 from assay.data.noise_mask.noise_mask import noise_mask_loss as noise_mask_loss
+from assay.losses.cfcd.cfcd import MadaCos as MadaCos
+from assay.losses.cfcd.cfcd import local_descriptor_triplet as local_descriptor_triplet
+from assay.losses.cfcd.cfcd import local_descriptors as local_descriptors
+from assay.losses.cfcd.cfcd import madacos as madacos
+from assay.losses.cfcd.cfcd import madacos_logits as madacos_logits
+from assay.losses.cfcd.cfcd import match_descriptors as match_descriptors
 from assay.losses.decoupled_softmax.decoupled_softmax import chunked_decoupled_softmax as chunked_decoupled_softmax
 from assay.losses.decoupled_softmax.decoupled_softmax import chunked_soft_topk_loss as chunked_soft_topk_loss
 from assay.losses.decoupled_softmax.decoupled_softmax import decoupled_softmax as decoupled_softmax

@@ -1,4 +1,6 @@
 # Made from the cards by 'make generate'.
+from assay.losses.cfcd.cfcd import GlobalDescriptor as GlobalDescriptor
+from assay.losses.cfcd.cfcd import multi_scale_descriptors as multi_scale_descriptors
 from assay.nn._projection import ProjectionHead as ProjectionHead
 from assay.nn._swap import NoEffectWarning as NoEffectWarning
 from assay.nn._swap import swap as swap

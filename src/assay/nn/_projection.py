@@ -27,8 +27,9 @@ class ProjectionHead(nn.Module):
         >>> import torch
         >>> from assay.nn import ProjectionHead
         >>> head = ProjectionHead(64, 16, hidden_features=32)
-        >>> head(torch.randn(5, 64)).norm(dim=1)
-        tensor([1.0000, 1.0000, 1.0000, 1.0000, 1.0000], grad_fn=<LinalgVectorNormBackward0>)
+        >>> embeddings = head(torch.randn(5, 64))
+        >>> embeddings.shape, torch.allclose(embeddings.norm(dim=1), torch.ones(5))
+        (torch.Size([5, 16]), True)
     """
 
     def __init__(

@@ -17,10 +17,13 @@ from assay.bench.evidence import FAILS, HOLDS, Bench
 from assay.bench.loop import evaluate, fit
 from assay.bench.recipe import Budget
 from assay.bench.tasks import resolve_task
+from assay.data import TupleSampler
+from assay.data._contract import VISITED
 from assay.losses import MadaCos, local_descriptor_triplet, madacos, madacos_logits
 from assay.losses._contract import Example, Exempt, Memory
 from assay.losses.cfcd.cfcd import apply
 from assay.losses.cfcd.claim import CONTINUED, LOCAL, MADACOS, PLAIN, ThroughScale, WrongSign, claim, train_stage
+from assay.optim._contract import Twice
 
 B, C, D = 7, 5, 6
 ODDS = (1 - 1e-7) / 1e-7
@@ -28,6 +31,16 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
 # --- the formula, in plain loops
+
+
+def samplers():
+    """For the contract of data."""
+
+    def make():
+        labels = torch.arange(VISITED) % 6
+        return TupleSampler(labels, labels.roll(3), tuple_size=4, batch_size=8, seed=1)
+
+    return {"tuples": (make, TupleSampler.set_epoch)}
 
 
 def by_hand(cosine, target, alpha=0.02, rho=1 - 1e-7, min_scale=32.0, mass="median_sample", training=True):
@@ -328,11 +341,6 @@ def test_what_does_not_fit_is_named():
 def test_in_the_bench_it_is_the_head_and_the_objective():
     """The weights are those of a loop written by hand, also with an optimizer that asks for a loss twice."""
     task, budget = resolve_task("digits(model='mlp')"), Budget(steps=25, batch_size=60, evaluations=0)
-
-    class Twice(torch.optim.SGD):
-        def step(self, closure):
-            closure()
-            return super().step(closure)
 
     recipe = replace(DEFAULT_RECIPE, update=lambda run: Twice(run.model.parameters(), 0.05))
 

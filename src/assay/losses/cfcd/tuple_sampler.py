@@ -95,6 +95,13 @@ class TupleSampler(Sampler[list[int]]):
         if epoch != self.epoch:
             self.epoch, self._plan = epoch, None
 
+    def state_dict(self) -> dict[str, int]:
+        """The epoch; with the constructor's arguments it says which tuples come."""
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.set_epoch(state["epoch"])
+
     def __len__(self) -> int:
         return len(self._batches())
 
