@@ -21,7 +21,7 @@ from timing import bandwidth, command, conditions, in_turns, seconds, transient_
 from torch import nn
 
 from assay.bench.loop import state_bytes
-from assay.optim import SGDP, AdamP, PerpGrad
+from assay.optim import SGDP, AdamP, DiffGrad, PerpGrad
 from assay.optim._rule import RuleOptimizer
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -75,6 +75,7 @@ def candidates() -> Iterator[tuple[str, Make, bool, int]]:
     options = {"lr": RATE, "weight_decay": 1e-2}
     yield "assay AdamP", functools.partial(AdamP, **options), False, 36
     yield "assay AdamP, projecting", functools.partial(AdamP, **options), True, 36
+    yield "assay DiffGrad", functools.partial(DiffGrad, lr=RATE), False, 36
     sgdp = functools.partial(SGDP, lr=RATE, momentum=0.9, nesterov=True)
     yield (
         "torch SGD foreach",

@@ -14,6 +14,8 @@ from assay.optim.adadagrad.adadagrad import per_sample_grads as per_sample_grads
 from assay.optim.adamp.adamp import AdamP as AdamP
 from assay.optim.adamp.adamp import SGDP as SGDP
 from assay.optim.adamp.adamp import project_radial as project_radial
+from assay.optim.diffgrad.diffgrad import DiffGrad as DiffGrad
+from assay.optim.diffgrad.diffgrad import diffgrad_friction as diffgrad_friction
 from assay.optim.normalized_lr.normalized_lr import NormalizedLRGD as NormalizedLRGD
 from assay.optim.normalized_lr.normalized_lr import PerceptronResult as PerceptronResult
 from assay.optim.normalized_lr.normalized_lr import batch_perceptron as batch_perceptron

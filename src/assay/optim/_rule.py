@@ -44,11 +44,23 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     slots: ClassVar[tuple[str, ...]]
     rule: ClassVar[Callable[..., None]]
+    complex_as_real: ClassVar[bool] = False
+    """Whether a complex parameter may be seen as pairs of real numbers: for rules that are element-wise."""
+
+    @classmethod
+    def slots_of(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """The slots of a parameter in a group with these options, where they depend on them."""
+        return cls.slots
 
     @staticmethod
     def elementwise(p: Tensor) -> bool:
         """Whether the rule acts on each element of this parameter by itself, so that it may be cut and packed."""
         return True
+
+    @classmethod
+    def splits(cls, p: Tensor, options: Mapping[str, Any]) -> bool:
+        """:meth:`elementwise`, for rules where it depends on the group's options."""
+        return cls.elementwise(p)
 
     @staticmethod
     def check(options: Mapping[str, Any]) -> None:
@@ -106,15 +118,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         for p in group["params"]:
             if p.grad is None:
                 continue
-            t, tensors = self._tensors(p, maximize=group["maximize"])
+            t, tensors = self._tensors(p, group)
             if p.numel() == 0:
                 continue
-            alone = group["foreach"] is False or not self.elementwise(p)
+            whole = not self.splits(p, group)
+            alone = group["foreach"] is False or whole
             if not alone and (p.numel() <= SMALL or (group["foreach"] and not group["compile"])):
                 # Also with compile=True: to call a graph costs more than a small tensor's share of a list.
                 small[p.device, p.dtype, t].append(_local(tensors))
             elif group["compile"]:
-                self._run_compiled(tensors, group["lr"], t, options)
+                self._run_compiled(tensors, group["lr"], t, options, whole)
             elif alone or p.device.type != "cpu":
                 self.rule(*tensors, lr=group["lr"], t=t, **options)
             else:
@@ -123,28 +136,29 @@ class RuleOptimizer(torch.optim.Optimizer):
         for (_, _, t), lists in small.items():
             self.rule(*map(Many, zip(*lists, strict=True)), lr=group["lr"], t=t, **options)
 
-    def _tensors(self, p: Tensor, *, maximize: bool) -> tuple[int, tuple[Tensor, ...]]:
+    def _tensors(self, p: Tensor, group: Mapping[str, Any]) -> tuple[int, tuple[Tensor, ...]]:
         """The number of this step for ``p``, and what the rule takes: parameter, gradient, slots."""
         name = type(self).__name__
         g = p.grad
         assert g is not None
         if g.is_sparse:
-            raise RuntimeError(f"{name} does not support sparse gradients")
-        if p.is_complex():
+            raise RuntimeError(f"{name} does not support sparse gradients (a parameter of shape {tuple(p.shape)})")
+        if p.is_complex() and not self.complex_as_real:
             raise RuntimeError(f"{name} does not support complex parameters")
         state = self.state[p]
         if not state:
             # A tensor, as torch's own optimizers keep it, so that checkpoints and shards treat it alike.
             state["step"] = torch.zeros((), dtype=torch.float32)
-            for slot in self.slots:
+            for slot in self.slots_of(group):
                 state[slot] = torch.zeros_like(p, memory_format=torch.preserve_format)
         state["step"] += 1
-        return int(state["step"]), (p, -g if maximize else g, *(state[slot] for slot in self.slots))
+        tensors = (p, -g if group["maximize"] else g, *(state[slot] for slot in self.slots_of(group)))
+        return int(state["step"]), tuple(map(torch.view_as_real, tensors)) if p.is_complex() else tensors
 
-    def _run_compiled(self, tensors: tuple[Tensor, ...], lr: Any, t: Any, options: dict[str, Any]) -> None:
+    def _run_compiled(self, tensors: tuple[Tensor, ...], lr: Any, t: Any, options: dict[str, Any], whole: bool) -> None:
         """One graph for a kind of tensor: ``lr`` and ``t`` go in as tensors, so that no new value compiles anew."""
         p = tensors[0]
-        if self.elementwise(p) and all(x.is_contiguous() for x in _local(tensors)):
+        if not whole and all(x.is_contiguous() for x in _local(tensors)):
             tensors = tuple(x.view(-1) for x in _local(tensors))
         # In float64 where there is one: 1 - beta^t in float32 would be wrong in the fifth digit at the first steps.
         dtype = torch.float32 if p.device.type == "mps" else torch.float64
