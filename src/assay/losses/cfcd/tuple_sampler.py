@@ -12,6 +12,8 @@ from torch.utils.data import Sampler
 # The shares of hard negatives in the authors' code.
 FALSE_POSITIVE_OF_RIGHT, FALSE_POSITIVE_OF_WRONG, MISTAKEN_FOR = 0.5, 0.33, 0.5
 
+_ATTEMPTS = 100
+
 
 class TupleSampler(Sampler[list[int]]):
     """Batches of tuples (anchor, positive, negatives ...), for losses that compare images of a tuple.
@@ -110,16 +112,19 @@ class TupleSampler(Sampler[list[int]]):
 
     def _batches(self) -> list[list[int]]:
         """This process's batches of the current epoch, formed when first asked for."""
-        if self._plan is None:
-            images = [image for group in self._tuples() for image in group]
+        attempt = 0
+        # Few images may be drawn into too few tuples for a batch, by one draw and not by the next.
+        while not self._plan and attempt < _ATTEMPTS:
+            images = [image for group in self._tuples(attempt) for image in group]
             together = self.batch_size * self.world_size
             starts = range(self.batch_size * self.rank, len(images) // together * together, together)
             self._plan = [images[start : start + self.batch_size] for start in starts]
-        return self._plan
+            attempt += 1
+        return self._plan or []
 
-    def _tuples(self) -> Iterator[list[int]]:
+    def _tuples(self, attempt: int) -> Iterator[list[int]]:
         # A string, because it is hashed by the same function everywhere, and a sum would repeat across seeds.
-        draw = random.Random(f"{self.seed} {self.epoch}")
+        draw = random.Random(f"{self.seed} {self.epoch}" + (f" {attempt}" if attempt else ""))
         left = _Left(self.labels, self.predictions)
         while (c := left.anchor_class(draw, self.tuple_size - 2)) is not None:
             anchor = left.take(left.of_class[c].draw(draw))
