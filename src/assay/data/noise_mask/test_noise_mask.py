@@ -413,11 +413,12 @@ def test_a_policy_turned_round_is_found_out(loss, monkeypatch):
     assert (evidence.verdict == FAILS) == (loss is claims.reversed_sign)
 
 
-@pytest.mark.parametrize("broken", [{"masked_test": True}, {"fine_tune": False}])
-def test_masks_at_the_end_are_found_out(broken):
+@pytest.mark.parametrize("broken", [{}, {"masked_test": True}, {"fine_tune": False}])
+def test_masks_at_the_end_cost_far_more_than_a_short_run(broken):
+    """A run this short costs the method as it is some seven points; the broken ones lose thirty."""
     variants = (claims.PLAIN, claims.LEARNED)
     evidence = claims.claim(Bench(), **broken, variants=variants, seeds=3, heating=4, tuning=1)
-    assert evidence.checks[0].verdict == FAILS and evidence.checks[0].observed < -2
+    assert (evidence.checks[0].observed < -15) == bool(broken)
 
 
 # --- what a name means ---
