@@ -28,7 +28,8 @@ LEARNED, REFERENCE = "learned masks", "learned masks, authors' estimator"
 FIXED, FIXED_OWN = "learned masks, fixed network", "learned masks, fixed network, baseline per image"
 FIXED_REFERENCE = "learned masks, fixed network, authors' estimator"
 ALONE = (FIXED, FIXED_OWN, FIXED_REFERENCE)
-VARIANTS = (PLAIN, DROPOUT, RANDOM, LEARNED, REFERENCE, *ALONE)
+GATED, SHOWN = (PLAIN, RANDOM, LEARNED), (DROPOUT, REFERENCE, *ALONE)
+VARIANTS = (*GATED, *SHOWN)
 TRAIN, CLASSES, SIDE, BATCH, AVERAGED = 600, 10, 16, 64, 3
 GRID, BLUR = 8, {"kernel_size": 3, "sigma": 1.0}
 # (rate while heating, rate of fine-tuning relative to it), the best of four pairs for each by balanced accuracy on
@@ -36,7 +37,9 @@ GRID, BLUR = 8, {"kernel_size": 3, "sigma": 1.0}
 RATES = {PLAIN: (0.1, 1.0), DROPOUT: (0.1, 1.0), RANDOM: (0.1, 1.0), LEARNED: (0.1, 1.0), REFERENCE: (0.03, 0.3)}
 REGULARIZED = {"dropout": 0.25, "weight_decay": 5e-3}
 POLICY_RATE = 1e-3  # of 1e-3, 3e-3 and 1e-2, what lowers the loss of a fixed network most on seeds 0 and 2
-FIRST_SEED = 200  # 100 to 103 were seen when the length of the room's tests was chosen
+# Seeds 200 to 211 were a first run, which could tell none of the checks on accuracy (0.31 points above no masks, from
+# -0.14 to 0.75). It set the number of seeds; the verdict is read on seeds that it did not use.
+FIRST_SEED = 300
 Loss = Callable[..., Tensor]
 Examples = tuple[Tensor, Tensor]
 
@@ -53,7 +56,7 @@ def claim(
     fine_tune: bool = True,
     masked_test: bool = False,
     variants: Sequence[str] = VARIANTS,
-    seeds: int = 12,
+    seeds: int = 60,
     heating: int = 24,
     tuning: int = 8,
 ) -> Evidence:
@@ -65,10 +68,10 @@ def claim(
         heating=bench.scale(heating, AVERAGED),
         tuning=bench.scale(tuning, 2) if fine_tune else 0,
     )
-    # What the policy learns is settled by fewer seeds than an accuracy on 1,197 images.
-    few = [variant for variant in variants if variant in ALONE]
-    rows = bench.rows(run, [v for v in variants if v not in ALONE], bench.seeds(seeds, first=FIRST_SEED))
-    rows += bench.rows(run, few, bench.seeds(max(2, seeds // 2), first=FIRST_SEED))
+    rows = Rows()
+    for chosen, count in ((GATED, seeds), (SHOWN, max(3, seeds // 5))):  # an accuracy on 1,197 images takes more seeds
+        wanted = [variant for variant in variants if variant in chosen]
+        rows += bench.rows(run, wanted, bench.seeds(count, first=FIRST_SEED))
     notes = [note(rows, variant) for variant in variants if PLAIN in variants]
     return Evidence(rows, checks_of(rows, variants), notes)
 
@@ -107,7 +110,9 @@ def note(rows: Rows, variant: str) -> str:
     said = f"{variant}: balanced accuracy {accuracy}, macro F1 {f1}"
     if variant == PLAIN:
         return said
-    return f"{said}; above {PLAIN}: {interval(rows.difference(variant, PLAIN, 'balanced'))}"
+    seeds = {row["seed"] for row in rows if row["variant"] == variant}
+    shared = Rows(row for row in rows if row["seed"] in seeds)
+    return f"{said}; above {PLAIN}: {interval(shared.difference(variant, PLAIN, 'balanced'))}"
 
 
 # --- training ---
