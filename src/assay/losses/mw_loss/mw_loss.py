@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from assay._distributed import all_gather_rows, all_reduce_sum, rank, rows_by_rank
+from assay._distributed import all_gather_rows, all_reduce_sum, rank, rows_by_rank, world_size
 from assay.losses.mw_loss.auc import aoc, global_auc
 from assay.losses.mw_loss.binned_sums import binned_sums
 from assay.losses.mw_loss.pair_sums import pair_sums
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["aoc", "apply", "contrastive_loss", "global_auc", "mw_loss"]
 
+MANY = 2**24
+"""Pairs from which on ``pairs="auto"`` forms none: 0.4 s of a CPU."""
+
 
 def mw_loss(
     scores: Tensor,
@@ -33,7 +36,7 @@ def mw_loss(
     negative_mask: Tensor | None = None,
     reduction: str = "mean",
     chunk_size: int | None = None,
-    pairs: str = "exact",
+    pairs: str = "auto",
     group: ProcessGroup | None = None,
 ) -> Tensor:
     """Mann-Whitney loss of a score matrix: a smooth count of the pairs (positive, negative) in the wrong order.
@@ -64,7 +67,8 @@ def mw_loss(
         pairs: ``"exact"`` looks at each of the |S+| |S-| pairs. ``"binned"`` puts scores into bins and never forms a
             pair: each l is off by less than 3e-8, and its slope in s / temperature by less than 3e-8; the time grows
             with B * M alone. It differentiates once, wants float64 on its device, and where the scores span more than
-            8,000 temperatures it does as ``"exact"``.
+            8,000 temperatures it does as ``"exact"``. ``"auto"`` is ``"binned"`` from 2^24 pairs on (256 queries) for
+            scores of at most float32, whose own rounding is of that size, and ``"exact"`` otherwise.
         group: processes whose rows make one pool (``torch.distributed.group.WORLD`` for all; that is None where no
             processes were started). Each brings rows of its own, and the default target of its row i is column i plus
             the number of rows before its own. All return the loss of the pool; its gradient is scaled for parameters
@@ -90,14 +94,17 @@ def mw_loss(
     _check_scores(scores)
     _check_temperature(temperature)
     _in_range("reduction", reduction, reduction in ("mean", "paper", "none"), "'mean', 'paper' or 'none'")
-    _in_range("pairs", pairs, pairs in ("exact", "binned"), "'exact' or 'binned'")
+    _in_range("pairs", pairs, pairs in ("auto", "exact", "binned"), "'auto', 'exact' or 'binned'")
     whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool)
     _in_range("chunk_size", chunk_size, chunk_size is None or (whole and chunk_size >= 1), "None, or an integer >= 1")
     precise = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if positive_mask is None and negative_mask is None:
+        rows, columns = scores.shape
+        pairs = _resolved(pairs, precise, rows, rows * (columns - 1), group)
         pool = _Pool.by_target(precise, _target(scores, target, group), pairs)
     else:
         pool = _Pool.by_mask(precise, *_masks(scores, target, positive_mask, negative_mask, group))
+        pairs = _resolved(pairs, precise, len(pool.positives), pool.negatives, group)
     return _as_given(_reduced(pool, temperature, reduction, chunk_size, pairs, group), scores)
 
 
@@ -159,6 +166,15 @@ class _Pool:
     @property
     def negatives(self) -> int:
         return self.cells.numel() - self.holes.numel()
+
+
+def _resolved(pairs: str, precise: Tensor, positives: int, negatives: int, group: ProcessGroup | None) -> str:
+    """What ``"auto"`` stands for here."""
+    if pairs != "auto":
+        return pairs
+    bins = precise.dtype == torch.float32 and precise.device.type != "mps"
+    everyone = 1 if group is None else world_size(group)  # whose positives meet this process's negatives
+    return "binned" if bins and everyone * positives * negatives >= MANY else "exact"
 
 
 def _target(scores: Tensor, target: Tensor | None, group: ProcessGroup | None) -> Tensor:

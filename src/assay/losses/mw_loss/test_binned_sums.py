@@ -90,6 +90,21 @@ def test_sums_of_many_scores_in_many_pieces(monkeypatch):
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
 
 
+def test_many_pairs_are_binned_where_the_scores_are_no_finer_than_bins(monkeypatch):
+    scores = torch.randn(6, 7, generator=torch.Generator().manual_seed(0))
+    masks = {"positive_mask": torch.eye(6, 7, dtype=torch.bool)}
+    module = importlib.import_module("assay.losses.mw_loss.mw_loss")
+    called = []
+    monkeypatch.setattr(module, "binned_sums", lambda *args: called.append(args) or binned.binned_sums(*args))
+    for many, dtype, bins in ((36 * 6, torch.float32, 1), (36 * 6 + 1, torch.float32, 0), (1, torch.float64, 0)):
+        monkeypatch.setattr(module, "MANY", many)
+        for where in ({}, masks):
+            called.clear()
+            losses = [mw_loss(scores.to(dtype), temperature=0.1, pairs=pairs, **where) for pairs in ("auto", "exact")]
+            assert len(called) == bins
+            torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-7)
+
+
 def test_scores_too_wide_for_bins_are_compared_exactly():
     scores = torch.randn(5, 6, dtype=torch.float64)
     scores[0, 1] = 1e3

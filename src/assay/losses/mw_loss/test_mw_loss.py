@@ -362,7 +362,7 @@ def test_two_processes_are_one(tmp_path):
         ({"temperature": 0.0}, r"temperature = 0.0 is out of range: \(0, inf\)"),
         ({"temperature": math.nan}, "temperature = nan"),
         ({"reduction": "sum"}, "reduction = 'sum' is out of range: 'mean', 'paper' or 'none'"),
-        ({"pairs": "fast"}, "pairs = 'fast' is out of range: 'exact' or 'binned'"),
+        ({"pairs": "fast"}, "pairs = 'fast' is out of range: 'auto', 'exact' or 'binned'"),
         ({"chunk_size": 0}, "chunk_size = 0 is out of range: None, or an integer >= 1"),
         ({"chunk_size": True}, "chunk_size = True"),
         ({"target": torch.arange(3)}, r"target.shape = \(3,\) is out of range: \(2,\)"),
