@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from numbers import Integral
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from assay._checks import in_range
 
 
 def binomial_deviance(
@@ -55,8 +56,8 @@ def binomial_deviance(
     """
     check_pairs_of(embeddings, labels)
     for name, value in (("alpha", alpha), ("cost_pos", cost_pos), ("cost_neg", cost_neg)):
-        _in_range(name, value, 0 < value < math.inf, "(0, inf)")
-    _in_range("beta", beta, math.isfinite(beta), "a finite number")
+        in_range(name, value, 0 < value < math.inf, "(0, inf)")
+    in_range("beta", beta, math.isfinite(beta), "a finite number")
     unit = _unit(embeddings)
     distance, same = unit @ unit.T - beta, _same(labels)
     upper = torch.ones_like(same).triu(1)
@@ -100,8 +101,8 @@ def n_pair_loss(embeddings: Tensor, labels: Tensor, *, scale: float | None = 10.
         tensor(1.5514)
     """
     check_pairs_of(embeddings, labels)
-    _in_range("scale", scale, scale is None or 0 < scale < math.inf, "None or (0, inf)")
-    _in_range("penalty", penalty, 0 <= penalty < math.inf, "[0, inf)")
+    in_range("scale", scale, scale is None or 0 < scale < math.inf, "None or (0, inf)")
+    in_range("penalty", penalty, 0 <= penalty < math.inf, "[0, inf)")
     x = _precise(embeddings) if scale is None else scale * _unit(embeddings)
     similarity, same = x @ x.T, _same(labels)
     # Not -inf: the logarithm of no negatives at all would have no gradient.
@@ -155,10 +156,10 @@ def triplet_margin_loss(
         tensor(0.1000)
     """
     check_pairs_of(embeddings, labels)
-    _in_range("margin", margin, 0 <= margin < math.inf, "[0, inf)")
+    in_range("margin", margin, 0 <= margin < math.inf, "[0, inf)")
     whole = isinstance(negatives, Integral) and not isinstance(negatives, bool)
-    _in_range("negatives", negatives, whole and negatives >= 1, "an integer >= 1")
-    _in_range("hard", hard, 0 <= hard <= 1, "[0, 1]")
+    in_range("negatives", negatives, whole and negatives >= 1, "an integer >= 1")
+    in_range("hard", hard, 0 <= hard <= 1, "[0, 1]")
     unit = _unit(embeddings)
     similarity, same = unit @ unit.T, _same(labels)
     chosen, valid = _negatives(similarity.detach(), same, negatives, hard, generator)
@@ -209,8 +210,3 @@ def _positives(same: Tensor) -> Tensor:
 def _mean(values: Tensor, used: Tensor) -> Tensor:
     """The mean of the values used, 0 of none."""
     return (values * used).sum() / used.sum().clamp(min=1)
-
-
-def _in_range(name: str, value: Any, good: bool, allowed: str) -> None:
-    if not good:
-        raise ValueError(f"{name} = {value!r} is out of range: {allowed}")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from assay._checks import in_range
 from assay._modes import evaluating
 from assay.data._scoring import batches
 from assay.losses import soft_target_cross_entropy
@@ -86,11 +87,11 @@ def adapt_labels(
                 [0.1000, 0.1000, 0.8000]])
     """
     _check_labels(teacher_probs, targets)
-    _in_range("t_low", t_low, t_low >= 0, "[0, inf)")
-    _in_range("t_mid", t_mid, t_mid >= t_low, f"at least t_low = {t_low!r}")
-    _in_range("t_top", t_top, t_top >= t_low, f"at least t_low = {t_low!r}")
-    _in_range("smoothing", smoothing, 0 <= smoothing <= 1, "[0, 1]")
-    _in_range("confidence", confidence, confidence in ("max", "target"), "'max' or 'target'")
+    in_range("t_low", t_low, t_low >= 0, "[0, inf)")
+    in_range("t_mid", t_mid, t_mid >= t_low, f"at least t_low = {t_low!r}")
+    in_range("t_top", t_top, t_top >= t_low, f"at least t_low = {t_low!r}")
+    in_range("smoothing", smoothing, 0 <= smoothing <= 1, "[0, 1]")
+    in_range("confidence", confidence, confidence in ("max", "target"), "'max' or 'target'")
     own = targets.unsqueeze(1)
     sure = teacher_probs.amax(1) if confidence == "max" else teacher_probs.gather(1, own).squeeze(1)
     # In the thresholds' precision; a sum that rounding took above 1 does not make a crop surer than sure.
@@ -148,7 +149,7 @@ def ferkd_loss(
     if logits.shape != teacher_probs.shape:
         shapes = f"{tuple(teacher_probs.shape)} with logits of shape {tuple(logits.shape)}"
         raise ValueError(f"teacher_probs.shape = {shapes} is out of range: both (b, C)")
-    _in_range("reduction", reduction, reduction in ("none", "mean", "sum"), "'none', 'mean' or 'sum'")
+    in_range("reduction", reduction, reduction in ("none", "mean", "sum"), "'none', 'mean' or 'sum'")
     probs = teacher_probs.to(torch.promote_types(teacher_probs.dtype, torch.float32))
     soft, keep, _ = adapt_labels(
         probs, targets, t_low=t_low, t_mid=t_mid, t_top=t_top, smoothing=smoothing, confidence=confidence
@@ -190,11 +191,11 @@ def ferkd_thresholds(
         (0.0, 0.25, 1.0)
     """
     good = len(q) == 3 and 0 <= q[0] <= q[1] <= q[2] <= 1
-    _in_range("q", q, good, "three shares that do not fall, in [0, 1]")
+    in_range("q", q, good, "three shares that do not fall, in [0, 1]")
     values = confidences.detach().double().flatten().cpu().numpy()
-    _in_range("confidences", confidences.shape, values.size > 0, "at least one number")
+    in_range("confidences", confidences.shape, values.size > 0, "at least one number")
     inside = bool(((values >= 0) & (values <= 1 + 1e-6)).all())
-    _in_range("confidences", (values.min(), values.max()), inside, "[0, 1]")
+    in_range("confidences", (values.min(), values.max()), inside, "[0, 1]")
     low, mid, top = np.quantile(values, q)  # torch's refuses more than 2^24 numbers
     return float(low), float(mid), float(top)
 
@@ -206,11 +207,6 @@ def _check_labels(teacher_probs: Tensor, targets: Tensor) -> None:
         raise ValueError(f"teacher_probs.shape = {said} is out of range: (b, C >= 2), floating point")
     if targets.shape != shape[:1]:
         raise ValueError(f"targets.shape = {tuple(targets.shape)} is out of range: ({shape[0]},)")
-
-
-def _in_range(name: str, value: Any, good: bool, allowed: str) -> None:
-    if not good:
-        raise ValueError(f"{name} = {value!r} is out of range: {allowed}")
 
 
 def apply(
@@ -235,13 +231,13 @@ def apply(
     """
     share = {"discard": discard, "calibrate": calibrate, "smoothing": smoothing, "flip": flip, "mix": mix}
     for name, value in share.items():
-        _in_range(name, value, 0 <= value <= 1, "[0, 1]")
-    _in_range("calibrate", calibrate, discard + calibrate <= 1, f"[0, 1 - discard] with discard = {discard!r}")
+        in_range(name, value, 0 <= value <= 1, "[0, 1]")
+    in_range("calibrate", calibrate, discard + calibrate <= 1, f"[0, 1 - discard] with discard = {discard!r}")
     for name, value in {"min_scale": min_scale, "fraction": fraction}.items():
-        _in_range(name, value, 0 < value <= 1, "(0, 1]")
-    _in_range("crops", crops, isinstance(crops, int) and crops >= 1, "an integer >= 1")
+        in_range(name, value, 0 < value <= 1, "(0, 1]")
+    in_range("crops", crops, isinstance(crops, int) and crops >= 1, "an integer >= 1")
     whole = isinstance(num_crops, int) and 1 <= num_crops <= crops
-    _in_range("num_crops", num_crops, whole, f"an integer in [1, crops = {crops}]")
+    in_range("num_crops", num_crops, whole, f"an integer in [1, crops = {crops}]")
 
     def objective(run: Run) -> Objective:
         images, _ = next(batches(run.data, 1, torch.device(run.device)))

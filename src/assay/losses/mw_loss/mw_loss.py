@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from assay._checks import in_range
 from assay._distributed import all_gather_rows, all_reduce_sum, rank, rows_by_rank, world_size
 from assay.losses.mw_loss.auc import aoc, global_auc
 from assay.losses.mw_loss.binned_sums import binned_sums
@@ -93,10 +94,10 @@ def mw_loss(
     """
     _check_scores(scores)
     _check_temperature(temperature)
-    _in_range("reduction", reduction, reduction in ("mean", "paper", "none"), "'mean', 'paper' or 'none'")
-    _in_range("pairs", pairs, pairs in ("auto", "exact", "binned"), "'auto', 'exact' or 'binned'")
+    in_range("reduction", reduction, reduction in ("mean", "paper", "none"), "'mean', 'paper' or 'none'")
+    in_range("pairs", pairs, pairs in ("auto", "exact", "binned"), "'auto', 'exact' or 'binned'")
     whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool)
-    _in_range("chunk_size", chunk_size, chunk_size is None or (whole and chunk_size >= 1), "None, or an integer >= 1")
+    in_range("chunk_size", chunk_size, chunk_size is None or (whole and chunk_size >= 1), "None, or an integer >= 1")
     precise = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if positive_mask is None and negative_mask is None:
         rows, columns = scores.shape
@@ -259,12 +260,7 @@ def _check_scores(scores: Tensor) -> None:
 
 
 def _check_temperature(temperature: float) -> None:
-    _in_range("temperature", temperature, 0 < temperature < math.inf, "(0, inf)")
-
-
-def _in_range(name: str, value: Any, good: bool, allowed: str) -> None:
-    if not good:
-        raise ValueError(f"{name} = {value!r} is out of range: {allowed}")
+    in_range("temperature", temperature, 0 < temperature < math.inf, "(0, inf)")
 
 
 def apply(recipe: Recipe, *, temperature: float = 1.0) -> Recipe:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay._checks import in_range
 from assay.losses.ps_kd.prediction_table import PredictionTable
 
 if TYPE_CHECKING:
@@ -97,9 +98,9 @@ def pskd_schedule(epoch: int, total_epochs: int, alpha_T: float = 0.8) -> float:
         >>> [pskd_schedule(epoch, 4) for epoch in (1, 2, 4)]
         [0.2, 0.4, 0.8]
     """
-    _in_range("epoch", epoch, isinstance(epoch, Integral) and epoch >= 0, "an integer >= 0")
-    _in_range("total_epochs", total_epochs, isinstance(total_epochs, Integral) and total_epochs >= 1, "an integer >= 1")
-    _in_range("alpha_T", alpha_T, 0 <= alpha_T <= 1, "[0, 1]")
+    in_range("epoch", epoch, isinstance(epoch, Integral) and epoch >= 0, "an integer >= 0")
+    in_range("total_epochs", total_epochs, isinstance(total_epochs, Integral) and total_epochs >= 1, "an integer >= 1")
+    in_range("alpha_T", alpha_T, 0 <= alpha_T <= 1, "[0, 1]")
     return alpha_T * min(max(epoch, 1), total_epochs) / total_epochs
 
 
@@ -176,14 +177,14 @@ class PSKD(nn.Module):
         store_mixed: bool = False,
     ) -> None:
         super().__init__()
-        _in_range("num_samples", num_samples, isinstance(num_samples, Integral) and num_samples >= 1, "an integer >= 1")
-        _in_range("num_classes", num_classes, isinstance(num_classes, Integral) and num_classes >= 2, "an integer >= 2")
-        _in_range("store", store, store in ("memory", "model") or isinstance(store, Path), "'memory', 'model', a Path")
-        _in_range("dtype", dtype, dtype.is_floating_point and dtype.itemsize > 1, "floating point of 2 bytes or more")
+        in_range("num_samples", num_samples, isinstance(num_samples, Integral) and num_samples >= 1, "an integer >= 1")
+        in_range("num_classes", num_classes, isinstance(num_classes, Integral) and num_classes >= 2, "an integer >= 2")
+        in_range("store", store, store in ("memory", "model") or isinstance(store, Path), "'memory', 'model', a Path")
+        in_range("dtype", dtype, dtype.is_floating_point and dtype.itemsize > 1, "floating point of 2 bytes or more")
         whole = isinstance(topk, Integral) and 1 <= topk <= num_classes
-        _in_range("topk", topk, topk is None or whole, f"None or an integer in [1, {num_classes}]")
+        in_range("topk", topk, topk is None or whole, f"None or an integer in [1, {num_classes}]")
         on_cpu = torch.device(device).type == "cpu"
-        _in_range("device", device, on_cpu or not isinstance(store, Path), "'cpu' where store is a Path")
+        in_range("device", device, on_cpu or not isinstance(store, Path), "'cpu' where store is a Path")
         pskd_schedule(1, total_epochs, alpha_T)
         self.num_samples, self.num_classes = num_samples, num_classes
         self.total_epochs, self.alpha_T, self.epoch = total_epochs, alpha_T, 1
@@ -238,7 +239,7 @@ class PSKD(nn.Module):
         target = torch.where(known.unsqueeze(-1), (1 - self.alpha) * hard + self.alpha * rows, hard)
         if partner is not None:
             share = torch.as_tensor(lam, dtype=target.dtype, device=target.device)
-            _in_range("lam", lam, bool(((share >= 0) & (share <= 1)).all()), "[0, 1]")
+            in_range("lam", lam, bool(((share >= 0) & (share <= 1)).all()), "[0, 1]")
             share = share.view(*share.shape, *[1] * (target.dim() - share.dim()))
             target, ignored = share * target + (1 - share) * target[partner], ignored | ignored[partner]
         return target.masked_fill(ignored.unsqueeze(-1), self.ignore_index)
@@ -323,11 +324,6 @@ class PSKD(nn.Module):
             raise ValueError(f"num_samples, num_classes = {state['size']} in the state is out of range: {size}")
         self.epoch, self._first = state["epoch"], state["first"]
         self._teacher, self._saved_teacher = None, state["teacher"]
-
-
-def _in_range(name: str, value: Any, good: bool, allowed: str) -> None:
-    if not good:
-        raise ValueError(f"{name} = {value!r} is out of range: {allowed}")
 
 
 def apply(recipe: Recipe, *, alpha_T: float = 0.8) -> Recipe:

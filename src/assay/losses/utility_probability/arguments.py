@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -26,8 +24,3 @@ def choices_fit(name: str, scores: Tensor, target: Tensor, least: int = 1) -> No
         raise ValueError(f"target.shape = {shapes} is out of range: all but the last dimension")
     if target.is_floating_point() or target.dtype == torch.bool:
         raise ValueError(f"target.dtype = {target.dtype} is out of range: integer")
-
-
-def in_range(name: str, value: Any, good: bool, allowed: str) -> None:
-    if not good:
-        raise ValueError(f"{name} = {value!r} is out of range: {allowed}")

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from assay.losses.utility_probability.arguments import choices_fit, floating, in_range, precise
+from assay._checks import in_range
+from assay.losses.utility_probability.arguments import choices_fit, floating, precise
 
 COLDEST, HOTTEST = 1e-3, 1e3
 

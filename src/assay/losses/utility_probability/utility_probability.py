@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from assay.losses.utility_probability.arguments import choices_fit, in_range, precise
+from assay._checks import in_range
+from assay.losses.utility_probability.arguments import choices_fit, precise
 from assay.losses.utility_probability.decisions import decide, fit_temperature, utility_to_probability
 
 if TYPE_CHECKING:
