@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from timing import bandwidth, command, conditions, in_turns, seconds, transient_
 from torch import nn
 
 from assay.bench.loop import state_bytes
-from assay.optim import SGDP, AdamP, DiffGrad, PerpGrad
+from assay.optim import SGDP, AdamP, AdamW8bit, DiffGrad, Lion, PerpGrad, StableSPAM
 from assay.optim._rule import RuleOptimizer
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -65,61 +66,78 @@ def parameters(*, invariant: bool = False) -> list[nn.Parameter]:
     return params
 
 
-def candidates() -> Iterator[tuple[str, Make, bool, int]]:
-    """(name, how it is made, whether the projection fires, bytes that a step must move per parameter)."""
+@dataclass(frozen=True)
+class Candidate:
+    """An optimizer and how to measure it: ``moved`` is what a step must move, in bytes per parameter."""
+
+    name: str
+    make: Make
+    moved: int
+    invariant: bool = False
+    """Whether the gradients are orthogonal to the weights."""
+
+
+def candidates() -> Iterator[Candidate]:
+    """torch's own, ours, and the same methods of peers that are installed."""
     adamw = functools.partial(torch.optim.AdamW, lr=RATE, weight_decay=1e-2)
-    yield "torch AdamW foreach", functools.partial(adamw, foreach=True), False, 28
-    yield "torch AdamW fused", functools.partial(adamw, fused=True), False, 28
-    yield "torch AdamW for-loop", functools.partial(adamw, foreach=False), False, 28
-    yield "assay Adam as a rule", Adam, False, 28
-    options = {"lr": RATE, "weight_decay": 1e-2}
-    yield "assay AdamP", functools.partial(AdamP, **options), False, 36
-    yield "assay AdamP, projecting", functools.partial(AdamP, **options), True, 36
-    yield "assay DiffGrad", functools.partial(DiffGrad, lr=RATE), False, 36
-    sgdp = functools.partial(SGDP, lr=RATE, momentum=0.9, nesterov=True)
-    yield (
-        "torch SGD foreach",
-        functools.partial(torch.optim.SGD, lr=RATE, momentum=0.9, nesterov=True, foreach=True),
-        False,
-        20,
-    )
-    yield "assay SGDP", sgdp, False, 28
+    nesterov = {"lr": RATE, "momentum": 0.9, "nesterov": True}
+    yield Candidate("torch AdamW foreach", functools.partial(adamw, foreach=True), 28)
+    yield Candidate("torch AdamW fused", functools.partial(adamw, fused=True), 28)
+    yield Candidate("torch AdamW for-loop", functools.partial(adamw, foreach=False), 28)
+    yield Candidate("torch SGD foreach", functools.partial(torch.optim.SGD, **nesterov, foreach=True), 20)
+    decay = {"lr": RATE, "weight_decay": 1e-2}
+    yield Candidate("assay Adam as a rule", Adam, 28)
+    yield Candidate("assay SGDP", functools.partial(SGDP, **nesterov), 28)
+    for invariant in (False, True):
+        projecting = ", projecting" if invariant else ""
+        yield Candidate(f"assay AdamP{projecting}", functools.partial(AdamP, **decay), 36, invariant)
+        for package in ("torch_optimizer", "pytorch_optimizer", "timm.optim"):
+            yield from peer(package, "AdamP", 36, invariant, **decay)
+    yield Candidate("assay DiffGrad", functools.partial(DiffGrad, lr=RATE), 36)
+    yield from peer("torch_optimizer", "DiffGrad", 36, lr=RATE)
+    yield from peer("pytorch_optimizer", "DiffGrad", 36, lr=RATE)
+    yield Candidate("assay Lion", functools.partial(Lion, **decay), 20)
+    yield from peer("pytorch_optimizer", "Lion", 20, **decay)
+    yield from peer("lion_pytorch", "Lion", 20, **decay)
+    # The largest gradient must be known before anything is written: gradients are read twice.
+    yield Candidate("assay StableSPAM", functools.partial(StableSPAM, **decay), 36)
+    yield from peer("pytorch_optimizer", "StableSPAM", 36, **decay)
+    yield Candidate("assay AdamW8bit", functools.partial(AdamW8bit, **decay), 16)
+    yield from peer("bitsandbytes.optim", "AdamW8bit", 16, **decay)
+    yield from peer("torchao.optim", "AdamW8bit", 16, **decay)
     # The sums must be known before the gradient is written: weights and gradients are read twice.
-    yield "assay PerpGrad, AdamW foreach", lambda params: PerpGrad(adamw(params, foreach=True)), False, 48
+    yield Candidate("assay PerpGrad, AdamW foreach", lambda params: PerpGrad(adamw(params, foreach=True)), 48)
+    for found in peer("pytorch_optimizer", "OrthoGrad", 48):
+        around = functools.partial(lambda orthograd, params: orthograd(adamw(params, foreach=True)), found.make)
+        yield Candidate(f"{found.name}, AdamW foreach", around, 48)
+
+
+def peer(package: str, name: str, moved: int, invariant: bool = False, **options: Any) -> Iterator[Candidate]:
+    """A peer's optimizer, if it is installed."""
     try:
-        orthograd = importlib.import_module("pytorch_optimizer").OrthoGrad
+        found = getattr(importlib.import_module(package), name)
     except (ImportError, AttributeError):
-        pass
-    else:
-        yield (
-            "pytorch_optimizer OrthoGrad, AdamW foreach",
-            lambda params: orthograd(adamw(params, foreach=True)),
-            False,
-            48,
-        )
-    for module, name in (("torch_optimizer", "AdamP"), ("pytorch_optimizer", "AdamP"), ("timm.optim", "AdamP")):
-        try:
-            peer = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
-            continue
-        yield f"{module.partition('.')[0]} {name}", functools.partial(peer, **options), False, 36
-        yield f"{module.partition('.')[0]} {name}, projecting", functools.partial(peer, **options), True, 36
+        return
+    label = f"{package.partition('.')[0]} {name}{', projecting' if invariant else ''}"
+    yield Candidate(label, functools.partial(found, **options), moved, invariant)
 
 
 def measure(pairs: int, only: list[str], compile: bool) -> list[dict[str, Any]]:
     """Each candidate in turn with torch's foreach AdamW, A B A B; only two sets of parameters live at a time."""
     torch.set_num_threads(1)
     rows = []
-    for name, make, invariant, moved in candidates():
+    for candidate in candidates():
+        name = candidate.name
         if only and not any(word in name for word in only):
             continue
         for compiled in (False, True) if compile and name.startswith("assay") else (False,):
             reference = torch.optim.AdamW(parameters(), lr=RATE, weight_decay=1e-2, foreach=True)
-            params = parameters(invariant=invariant)
-            optimizer = make(params)
+            params = parameters(invariant=candidate.invariant)
+            optimizer = candidate.make(params)
             if compiled:
                 optimizer.param_groups[0]["compile"] = True
-            row = {"name": name + (", compiled" if compiled else ""), "moved": moved, "first": seconds(optimizer.step)}
+            row = {"name": name + (", compiled" if compiled else ""), "moved": candidate.moved}
+            row["first"] = seconds(optimizer.step)
             row["transient"] = transient_bytes(optimizer.step)
             seconds(reference.step)
             row["times"] = in_turns(reference.step, optimizer.step, pairs)
