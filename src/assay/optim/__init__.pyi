@@ -21,6 +21,7 @@ from assay.optim.normalized_lr.normalized_lr import PerceptronResult as Perceptr
 from assay.optim.normalized_lr.normalized_lr import batch_perceptron as batch_perceptron
 from assay.optim.normalized_lr.normalized_lr import normalized_lr_scale as normalized_lr_scale
 from assay.optim.normalized_lr.normalized_lr import perceptron as perceptron
+from assay.optim.omd_sea.omd_sea import OptimisticOMD as OptimisticOMD
 from assay.optim.perpgrad.perpgrad import PerpGrad as PerpGrad
 from assay.optim.perpgrad.perpgrad import nlm_alignment as nlm_alignment
 from assay.optim.perpgrad.perpgrad import orthogonalize_grad_ as orthogonalize_grad_
