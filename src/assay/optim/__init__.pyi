@@ -30,3 +30,12 @@ from assay.optim.refined_schedule.refined_schedule import LinearDecayLR as Linea
 from assay.optim.refined_schedule.refined_schedule import RefinedLR as RefinedLR
 from assay.optim.refined_schedule.refined_schedule import refine_schedule as refine_schedule
 from assay.optim.refined_schedule.refined_schedule import schedule_bound as schedule_bound
+from assay.optim.rmt_lr.rmt_lr import LanczosLR as LanczosLR
+from assay.optim.rmt_lr.rmt_lr import batch_eigenvalue as batch_eigenvalue
+from assay.optim.rmt_lr.rmt_lr import critical_batch_size as critical_batch_size
+from assay.optim.rmt_lr.rmt_lr import curvature_lr as curvature_lr
+from assay.optim.rmt_lr.rmt_lr import curvature_operator as curvature_operator
+from assay.optim.rmt_lr.rmt_lr import estimate_noise as estimate_noise
+from assay.optim.rmt_lr.rmt_lr import lanczos as lanczos
+from assay.optim.rmt_lr.rmt_lr import scale_lr as scale_lr
+from assay.optim.rmt_lr.rmt_lr import spectral_density as spectral_density
