@@ -101,6 +101,16 @@ class RuleOptimizer(torch.optim.Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave; tensors besides the slots keep the dtype in which they were saved."""
+        super().load_state_dict(state_dict)
+        # Torch casts all of them to the parameter's dtype: indices would become floats, float32 bfloat16.
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for i, p in zip(saved["params"], group["params"], strict=True):
+                for name, value in state_dict["state"].get(i, {}).items():
+                    if isinstance(value, Tensor) and name not in ("step", *self.slots_of(group)):
+                        self.state[p][name] = value.to(p.device)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns the closure's loss."""
