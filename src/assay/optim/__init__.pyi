@@ -14,6 +14,7 @@ from assay.optim.adadagrad.adadagrad import per_sample_grads as per_sample_grads
 from assay.optim.adamp.adamp import AdamP as AdamP
 from assay.optim.adamp.adamp import SGDP as SGDP
 from assay.optim.adamp.adamp import project_radial as project_radial
+from assay.optim.dct_lowrank.dct_lowrank import DCTAdamW as DCTAdamW
 from assay.optim.diffgrad.diffgrad import DiffGrad as DiffGrad
 from assay.optim.diffgrad.diffgrad import diffgrad_friction as diffgrad_friction
 from assay.optim.normalized_lr.normalized_lr import NormalizedLRGD as NormalizedLRGD
