@@ -299,34 +299,6 @@ def test_a_closure_is_called_once():
     assert optimizer.step(closure) == 3.0 and calls == [True]
 
 
-# --- half precision
-
-
-@pytest.mark.parametrize(("master", "moves"), [(torch.float32, True), (None, False)])
-def test_steps_below_the_rounding_of_bfloat16_add_up_in_the_master(master, moves):
-    p = nn.Parameter(torch.full((4, 4), 1.0, dtype=torch.bfloat16))
-    optimizer = BAdam([("w", p)], lr=1e-4, blocks=["w"], switch_every=200, master_dtype=master)
-    for _ in range(100):
-        p.grad = torch.ones_like(p)
-        optimizer.step()
-    assert p.dtype == torch.bfloat16
-    assert torch.equal(p, torch.full_like(p, 1.0 - 100 * 1e-4 if moves else 1.0))
-
-
-def test_a_visit_in_bfloat16_is_adamw_on_the_float32_copy():
-    model = network(torch.bfloat16)
-    optimizer = make(model, order="ascending", weight_decay=0.1)
-    master = nn.Parameter(model[0].weight.detach().float())
-    adamw = torch.optim.AdamW([master], lr=0.01, weight_decay=0.1)
-    for step in range(4):
-        backward(model, step)
-        master.grad = model[0].weight.grad.float()
-        adamw.step()
-        optimizer.step()
-        assert torch.equal(model[0].weight, master.bfloat16())
-    assert optimizer.current_block == 1
-
-
 # --- elsewhere
 
 
