@@ -36,7 +36,8 @@ def fisher_diagonal(
     and gets its flags back; gradients and parameters are not touched.
 
     Args:
-        model: called with one argument; parameters without ``requires_grad`` are left out.
+        model: called with one argument; parameters without ``requires_grad`` are left out. Of a model in
+            DistributedDataParallel give its ``module``.
         loss_fn: ``loss_fn(output, target)``, a scalar; it is called with batches of one example.
         data: a tuple (inputs, targets) of examples along their first dimension; or a ``Dataset``; or anything that
             yields batches (inputs, targets), such as a DataLoader. Inputs may be tuples, lists or dicts of tensors.
@@ -51,7 +52,7 @@ def fisher_diagonal(
         ValueError: ``num_samples`` below 1, no example in ``data``, or no parameter that requires a gradient.
         RuntimeError: a sharded parameter (``DTensor``).
 
-    Source: P. Mi et al., Make Sharpness-Aware Minimization Stronger, NeurIPS 2022, arXiv 2210.05177, section 4.2.
+    Source: P. Mi et al., Make Sharpness-Aware Minimization Stronger, NeurIPS 2022, arXiv 2210.05177.
 
     >>> import torch
     >>> from assay.optim.sam import fisher_diagonal
