@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,14 +19,25 @@ Closure = Callable[[], Any]
 class MaskPolicy(Protocol):
     """Which weights are perturbed: the form that ``mask=`` of :class:`SAM` and its kin takes."""
 
+    moment: str
+    """When ``update_mask`` refreshes: ``"now"``; or in the next step ``"before"`` or ``"after"`` the ascent."""
+
     def init(self, params: Sequence[nn.Parameter]) -> None:
-        """Meet the parameters, once."""
+        """Meet the parameters: all of them, again if some were added."""
+
+    @property
+    def off(self) -> Collection[nn.Parameter]:
+        """Parameters that are left out whole: they are neither copied nor added to."""
 
     def apply(self, params: Sequence[nn.Parameter], eps: list[Tensor]) -> list[Tensor]:
         """The perturbations of these parameters, zero off the mask; ``eps`` may be changed in place."""
 
-    def refresh(self, optimizer: SAM, **context: Any) -> None:
-        """Choose anew; called between the first gradient and the ascent, or by the user."""
+    @property
+    def refresh(self) -> Callable[..., None]:
+        """Choose anew: called with the optimizer, and by name with what ``update_mask`` was given."""
+
+    def density(self) -> float:
+        """Share of weights that are perturbed."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -87,6 +99,7 @@ class SAM(WrappedOptimizer):
 
     keeps_first_gradient = False
     """Whether :meth:`combine` wants the gradient at w; costs a copy."""
+    mask: MaskPolicy | None = None
 
     def __init__(
         self,
@@ -110,6 +123,7 @@ class SAM(WrappedOptimizer):
         self.ascent, self.bn_stats, self.mask = ascent, bn_stats, mask
         self._normalizations: list[nn.Module] = []
         self._saved: list[tuple[nn.Parameter, Tensor]] | None = None
+        self._asked: dict[str, Any] | None = None
         self._first: dict[nn.Parameter, Tensor] = {}
         if isinstance(params, nn.Module):
             self.track_batchnorm(params)
@@ -145,15 +159,19 @@ class SAM(WrappedOptimizer):
         """Keep w, and move to w + eps."""
         if self._saved is not None:
             raise RuntimeError(f"{type(self).__name__} is at w + eps already: call second_step() first")
+        self._refresh("before")
         found = self.with_gradients()
         groups, params, grads = [group for group, _, _ in found], [p for _, p, _ in found], [g for _, _, g in found]
         eps = self.ascent(groups, params, grads) if callable(self.ascent) else self.perturbation(groups, params, grads)
-        if self.mask is not None:
-            eps = self.mask.apply(params, eps)
         self._first = dict(zip(params, map(Tensor.clone, grads), strict=True)) if self.keeps_first_gradient else {}
+        if self.mask is not None:
+            eps = [e for p, e in zip(params, eps, strict=True) if p not in self.mask.off]
+            params = [p for p in params if p not in self.mask.off]
+            eps = self.mask.apply(params, eps)
         self._saved = [(p, p.detach().clone()) for p in params]
         if params:
             torch._foreach_add_([p.detach() for p in params], eps)
+        self._refresh("after")
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -189,7 +207,7 @@ class SAM(WrappedOptimizer):
             raise RuntimeError(
                 f"{type(self).__name__} needs the gradient twice: call step(closure), or first_step() and second_step()"
             )
-        with torch.enable_grad(), self._statistics(self.bn_stats != "none"):
+        with torch.enable_grad(), self.first_pass():
             loss = closure()
         self.first_step()
         try:
@@ -216,6 +234,12 @@ class SAM(WrappedOptimizer):
             self.zero_grad()
 
     @contextlib.contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """Where the gradient at w is computed: around the first closure, or around forward and backward of a loop."""
+        with self._statistics(self.bn_stats != "none"):
+            yield
+
+    @contextlib.contextmanager
     def perturbed(self) -> Iterator[None]:
         """The weights at w + eps of the current gradients, and back at w afterwards, whatever happens."""
         self.ascend()
@@ -238,10 +262,30 @@ class SAM(WrappedOptimizer):
                 module.track_running_stats = True  # type: ignore[assignment]
 
     def update_mask(self, **context: Any) -> None:
-        """Have the mask choose anew, with what its policy asks for."""
+        """Have the mask choose anew, with what its policy asks for: now, or in the next step with its gradient."""
+        mask = self._has_mask()
+        inspect.signature(mask.refresh).bind(self, **context)  # what it does not know is refused at once
+        self._asked = context
+        self._refresh("now")
+
+    def mask_density(self) -> float:
+        """Share of the weights that are perturbed."""
+        return self._has_mask().density()
+
+    def _has_mask(self) -> MaskPolicy:
         if self.mask is None:
             raise RuntimeError(f"{type(self).__name__} has no mask")
-        self.mask.refresh(self, **context)
+        return self.mask
+
+    def _refresh(self, moment: str) -> None:
+        if self.mask is not None and self._asked is not None and self.mask.moment == moment:
+            context, self._asked = self._asked, None
+            self.mask.refresh(self, **context)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if self.mask is not None:
+            self.mask.init(list(self.parameters()))
 
     def wrapper_state(self) -> dict[str, Any]:
         return {"mask": self.mask.state_dict()} if self.mask is not None else {}

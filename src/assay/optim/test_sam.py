@@ -181,3 +181,61 @@ def test_wrong_use_is_named():
     p.grad = torch.ones(2).to_sparse()
     with pytest.raises(RuntimeError, match="sparse"):
         sparse.first_step()
+
+
+class Spy:
+    """A mask that perturbs the first parameter only, and writes down when it is asked for anything."""
+
+    def __init__(self, moment):
+        self.moment, self.calls = moment, []
+
+    def init(self, params):
+        self.calls.append(("init", len(params)))
+        self.off = set(params[1:])
+
+    def apply(self, params, eps):
+        self.calls.append("apply")
+        assert len(params) == 1
+        return eps
+
+    def refresh(self, optimizer, *, epoch):
+        self.calls.append(("refresh", epoch))
+
+    def density(self):
+        return 0.25
+
+    def state_dict(self):
+        return {"calls": len(self.calls)}
+
+    def load_state_dict(self, state):
+        self.calls.append(state)
+
+
+@pytest.mark.parametrize("moment, order", [
+    ("now", [("refresh", 3), "apply"]), ("before", [("refresh", 3), "apply"]), ("after", ["apply", ("refresh", 3)]),
+])  # fmt: skip
+def test_a_mask_is_asked_in_its_moment(moment, order):
+    model = network()
+    optimizer = SAM(model, torch.optim.SGD, mask=Spy(moment), lr=0.1)
+    with pytest.raises(TypeError, match="epoch"):
+        optimizer.update_mask(epochs=3)
+    optimizer.update_mask(epoch=3)
+    assert len(optimizer.mask.calls) == (2 if moment == "now" else 1)
+    train(model, optimizer, range(2))
+    assert optimizer.mask.calls == [("init", 5), *order, "apply"]
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.mask.calls[-1] == {"calls": 4} and optimizer.mask_density() == 0.25
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert optimizer.mask.calls[-1] == ("init", 6)
+
+
+def test_what_a_mask_leaves_out_is_neither_copied_nor_moved():
+    model = network()
+    optimizer = SAM(model, torch.optim.SGD, mask=Spy("now"), lr=0.1)
+    closure_of(model, optimizer, 0)()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.first_step()
+    assert [p is model[0].weight for p, _ in optimizer._saved] == [True]
+    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert moved == [True, False, False, False, False]
+    optimizer.second_step()
