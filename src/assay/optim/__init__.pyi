@@ -14,6 +14,9 @@ from assay.optim.adadagrad.adadagrad import per_sample_grads as per_sample_grads
 from assay.optim.adamp.adamp import AdamP as AdamP
 from assay.optim.adamp.adamp import SGDP as SGDP
 from assay.optim.adamp.adamp import project_radial as project_radial
+from assay.optim.badam.badam import BAdam as BAdam
+from assay.optim.badam.badam import BlockWrapper as BlockWrapper
+from assay.optim.badam.badam import infer_blocks as infer_blocks
 from assay.optim.dct_lowrank.dct_lowrank import DCTAdamW as DCTAdamW
 from assay.optim.diffgrad.diffgrad import DiffGrad as DiffGrad
 from assay.optim.diffgrad.diffgrad import diffgrad_friction as diffgrad_friction
@@ -40,3 +43,4 @@ from assay.optim.rmt_lr.rmt_lr import estimate_noise as estimate_noise
 from assay.optim.rmt_lr.rmt_lr import lanczos as lanczos
 from assay.optim.rmt_lr.rmt_lr import scale_lr as scale_lr
 from assay.optim.rmt_lr.rmt_lr import spectral_density as spectral_density
+from assay.optim.ssam.ssam import SSAM as SSAM
