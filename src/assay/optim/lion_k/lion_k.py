@@ -151,7 +151,11 @@ class LionK(RuleOptimizer):
         step = kappa.grad_(m.lerp(g, 1 - betas[0]), eps)
         if weight_decay:
             p.mul_(1 - lr * weight_decay)
-        p.sub_(step.mul_(lr / kappa.entry_size(p) if rms_scale else lr))
+        rate = lr / kappa.entry_size(p) if rms_scale else lr
+        if isinstance(rate, Tensor):
+            p.sub_(step.mul_(rate))
+        else:  # a pass less
+            p.add_(step, alpha=-rate)
         m.lerp_(g, 1 - betas[1])
 
 
