@@ -168,7 +168,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _run_compiled(self, tensors: tuple[Tensor, ...], lr: Any, t: Any, options: dict[str, Any], whole: bool) -> None:
         """One graph for a kind of tensor: ``lr`` and ``t`` go in as tensors, so that no new value compiles anew."""
         p = tensors[0]
-        if not whole and all(x.is_contiguous() for x in _local(tensors)):
+        # A scalar too: torch's compiler loses what is written into one of float64.
+        if p.dim() == 0 or (not whole and all(x.is_contiguous() for x in _local(tensors))):
             tensors = tuple(x.view(-1) for x in _local(tensors))
         # In float64 where there is one: 1 - beta^t in float32 would be wrong in the fifth digit at the first steps.
         dtype = torch.float32 if p.device.type == "mps" else torch.float64

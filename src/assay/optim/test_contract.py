@@ -146,21 +146,33 @@ def test_many_says_which_operator_is_missing():
         Many([torch.ones(1)]).cholesky()
 
 
+class Descent(RuleOptimizer):
+    """Plain descent that sees every parameter whole."""
+
+    slots = ()
+
+    def __init__(self, params, **how):
+        super().__init__(params, {"lr": 0.1}, **how)
+
+    @staticmethod
+    def elementwise(p):
+        return False
+
+    @staticmethod
+    def rule(p, g, *, lr, t):
+        p.sub_(g.mul(lr))
+
+
+def test_compiled_scalars_are_written(monkeypatch):
+    monkeypatch.setattr(_rule, "COMPILER", "aot_eager")
+    params = [torch.nn.Parameter(torch.ones((), dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    Descent(params, compile=True).step()
+    assert [p.item() for p in params] == pytest.approx([0.9, 0.9])
+
+
 def test_compiled_matrices_share_a_graph_and_many_kinds_are_no_error(monkeypatch):
-    class Descent(RuleOptimizer):
-        slots = ()
-
-        def __init__(self, params, **how):
-            super().__init__(params, {"lr": 0.1}, **how)
-
-        @staticmethod
-        def elementwise(p):
-            return False
-
-        @staticmethod
-        def rule(p, g, *, lr, t):
-            p.sub_(g.mul(lr))
-
     monkeypatch.setattr(_rule, "COMPILER", "aot_eager")
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
