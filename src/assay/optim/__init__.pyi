@@ -20,6 +20,10 @@ from assay.optim.badam.badam import infer_blocks as infer_blocks
 from assay.optim.dct_lowrank.dct_lowrank import DCTAdamW as DCTAdamW
 from assay.optim.diffgrad.diffgrad import DiffGrad as DiffGrad
 from assay.optim.diffgrad.diffgrad import diffgrad_friction as diffgrad_friction
+from assay.optim.lion_k.lion_k import Lion as Lion
+from assay.optim.lion_k.lion_k import LionK as LionK
+from assay.optim.lion_k.lion_k import lion_constraint_violation as lion_constraint_violation
+from assay.optim.lion_k.lion_k import lion_lyapunov as lion_lyapunov
 from assay.optim.normalized_lr.normalized_lr import NormalizedLRGD as NormalizedLRGD
 from assay.optim.normalized_lr.normalized_lr import PerceptronResult as PerceptronResult
 from assay.optim.normalized_lr.normalized_lr import batch_perceptron as batch_perceptron
