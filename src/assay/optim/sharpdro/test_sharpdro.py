@@ -259,7 +259,7 @@ class NotRestored(SharpDRO):
 
 def test_the_claim_fails_where_the_weights_are_not_restored():
     settings = {room.ERM: room.Setting(0.05), room.AWARE: room.Setting(0.05, 0.2, 0.05)}
-    few = {"seeds": 3, "epochs": 12, "settings": settings}
+    few = {"seeds": 5, "epochs": 5, "settings": settings}
     broken = room.claim(Bench(), method=NotRestored, **few)
     assert broken.verdict == broken.checks[1].verdict == "does not hold"
     assert room.claim(Bench(), **few).checks[1].verdict == "holds"
