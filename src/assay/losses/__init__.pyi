@@ -38,3 +38,5 @@ from assay.losses.utility_probability.utility_probability import sequence_utilit
 from assay.losses.utility_probability.utility_probability import utility_to_probability as utility_to_probability
 from assay.optim.normalized_lr.normalized_lr import normalized_logistic as normalized_logistic
 from assay.optim.perpgrad.perpgrad import softmax_collapse_fraction as softmax_collapse_fraction
+from assay.optim.sharpdro.sharpdro import GroupDRO as GroupDRO
+from assay.optim.sharpdro.sharpdro import group_dro_weights as group_dro_weights

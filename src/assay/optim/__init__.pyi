@@ -47,4 +47,5 @@ from assay.optim.rmt_lr.rmt_lr import estimate_noise as estimate_noise
 from assay.optim.rmt_lr.rmt_lr import lanczos as lanczos
 from assay.optim.rmt_lr.rmt_lr import scale_lr as scale_lr
 from assay.optim.rmt_lr.rmt_lr import spectral_density as spectral_density
+from assay.optim.sharpdro.sharpdro import SharpDRO as SharpDRO
 from assay.optim.ssam.ssam import SSAM as SSAM
