@@ -14,6 +14,8 @@ from assay.optim.adadagrad.adadagrad import per_sample_grads as per_sample_grads
 from assay.optim.adamp.adamp import AdamP as AdamP
 from assay.optim.adamp.adamp import SGDP as SGDP
 from assay.optim.adamp.adamp import project_radial as project_radial
+from assay.optim.adatask.adatask import AdaTask as AdaTask
+from assay.optim.adatask.adatask import task_update_au as task_update_au
 from assay.optim.badam.badam import BAdam as BAdam
 from assay.optim.badam.badam import BlockWrapper as BlockWrapper
 from assay.optim.badam.badam import infer_blocks as infer_blocks
