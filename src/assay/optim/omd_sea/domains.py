@@ -42,6 +42,9 @@ class Ball:
         self.radius, self.center = radius, center
         self._reach = float(torch.as_tensor(center).abs().max())
 
+    def __repr__(self) -> str:
+        return f"Ball({self.radius!r}, {self.center!r})"
+
     def project(self, x: Tensor) -> Tensor:
         """The nearest point to every vector in the last dimension of ``x``, shape (..., d)."""
         offset = x - self.center
@@ -106,6 +109,9 @@ class Box:
             raise ValueError(f"hi = {hi!r} is out of range: at least lo = {lo!r}")
         self.lo, self.hi = lo, hi
 
+    def __repr__(self) -> str:
+        return f"Box({self.lo!r}, {self.hi!r})"
+
     def project(self, x: Tensor) -> Tensor:
         """The nearest point to every vector in the last dimension of ``x``, shape (..., d)."""
         return _clamp(x, self.lo, self.hi)
@@ -132,6 +138,9 @@ class Simplex:
     >>> Simplex().project(torch.tensor([0.5, 0.9, -1.0]))
     tensor([0.3000, 0.7000, 0.0000])
     """
+
+    def __repr__(self) -> str:
+        return "Simplex()"
 
     def project(self, x: Tensor) -> Tensor:
         """The nearest point to every vector in the last dimension of ``x``, shape (..., d)."""
