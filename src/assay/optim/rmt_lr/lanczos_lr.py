@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,11 +111,10 @@ class LanczosLR(LRScheduler):
 
     def _measure(self) -> None:
         cards = {p.device for group in self.optimizer.param_groups for p in group["params"] if p.is_cuda}
-        made: Callable[[], Any] = self.operator
         try:
             with torch.random.fork_rng(devices=[card.index for card in cards]):
                 # What has a shape is an operator already, though SciPy's can also be called.
-                op = self.operator if hasattr(self.operator, "shape") else made()
+                op = self.operator if hasattr(self.operator, "shape") else self.operator()
                 values, weights = lanczos(op, self.steps, seed=self.seed + self.last_epoch // self.interval)
         except FloatingPointError:
             values, weights = torch.zeros(2, 1, dtype=torch.float64)
@@ -124,8 +122,8 @@ class LanczosLR(LRScheduler):
             warnings.warn("no positive, finite curvature: learning rate and momentum stay as they are", stacklevel=2)
             return
         self.lambda_max, self.lambda_min = extremes(values, weights)
-        self.learned = rates(self.lambda_max, self.lambda_min, self.sets_momentum, self.kind)
-        self.learned = (self.safety * self.learned[0], self.learned[1])
+        lr, momentum = rates(self.lambda_max, self.lambda_min, self.sets_momentum, self.kind)
+        self.learned = (self.safety * lr, momentum)
 
     def _set_momentum(self) -> None:
         for group in self.optimizer.param_groups:
