@@ -26,6 +26,8 @@ from assay.optim.lion_k.lion_k import Lion as Lion
 from assay.optim.lion_k.lion_k import LionK as LionK
 from assay.optim.lion_k.lion_k import lion_constraint_violation as lion_constraint_violation
 from assay.optim.lion_k.lion_k import lion_lyapunov as lion_lyapunov
+from assay.optim.meco.meco import MECO as MECO
+from assay.optim.meco.meco import PartitionEstimator as PartitionEstimator
 from assay.optim.normalized_lr.normalized_lr import NormalizedLRGD as NormalizedLRGD
 from assay.optim.normalized_lr.normalized_lr import PerceptronResult as PerceptronResult
 from assay.optim.normalized_lr.normalized_lr import batch_perceptron as batch_perceptron
