@@ -7,7 +7,6 @@ time, so that slots in float32 never exist as a whole, and stay in the cache.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.compress._blockwise import Codebook, codebook, copy_rounded_, decode, dynamic_map, encode_
+from assay.optim._checkpoint import as_saved
 from assay.optim._rule import RuleOptimizer, _local, _option_names
 
 PIECE = 32_768
@@ -154,17 +154,11 @@ class QuantizedOptimizer(RuleOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer, or of one with the same slots in 32 bits, such as torch's own."""
         super().load_state_dict(state_dict)
-        # Torch has cast every tensor to its parameter's dtype.
-        saved, mine = (
-            itertools.chain.from_iterable(group["params"] for group in groups)
-            for groups in (state_dict["param_groups"], self.param_groups)
-        )
-        for key, p in zip(saved, mine, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if value.dtype == torch.uint8 or name.endswith(_absmax("")):
-                    self.state[p][name] = value.to(device=p.device)
-                elif p.dtype in HALF and name in self.signed:
-                    self.state[p][name] = value.to(p.device, torch.promote_types(value.dtype, torch.float32))
+        for p, name, value in as_saved(self, state_dict):
+            if value.dtype == torch.uint8 or name.endswith(_absmax("")):
+                self.state[p][name] = value
+            elif p.dtype in HALF and name in self.signed:
+                self.state[p][name] = value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _absmax(slot: str) -> str:

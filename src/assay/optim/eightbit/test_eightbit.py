@@ -181,7 +181,10 @@ def test_options_out_of_range_are_named(make, options, message):
         make([nn.Parameter(torch.ones(2))], **options)
 
 
-@pytest.mark.parametrize("method, verdict", [(LinearAdam8bit, "does not hold"), (Adam8bit, "holds")])
+# The control has the guard: without it one seed in ten diverges, and two seeds settle nothing.
+@pytest.mark.parametrize("method, verdict", [
+    (LinearAdam8bit, "does not hold"), (functools.partial(Adam8bit, nonzero_v=True), "holds"),
+])  # fmt: skip
 def test_with_a_linear_map_the_claim_fails(method, verdict):
     checks = claim(Bench(), method=method, parts=["digits"], seeds={"digits": 2, "linear": 2}).checks
     assert {c.name: c.verdict for c in checks}[f"digits: accuracy, 8 bits - {LINEAR}"] == verdict
