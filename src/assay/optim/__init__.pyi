@@ -22,6 +22,11 @@ from assay.optim.badam.badam import infer_blocks as infer_blocks
 from assay.optim.dct_lowrank.dct_lowrank import DCTAdamW as DCTAdamW
 from assay.optim.diffgrad.diffgrad import DiffGrad as DiffGrad
 from assay.optim.diffgrad.diffgrad import diffgrad_friction as diffgrad_friction
+from assay.optim.eightbit.eightbit import Adam8bit as Adam8bit
+from assay.optim.eightbit.eightbit import AdamW8bit as AdamW8bit
+from assay.optim.eightbit.eightbit import Lion8bit as Lion8bit
+from assay.optim.eightbit.eightbit import SGD8bit as SGD8bit
+from assay.optim.eightbit.eightbit import use_32bit as use_32bit
 from assay.optim.lion_k.lion_k import Lion as Lion
 from assay.optim.lion_k.lion_k import LionK as LionK
 from assay.optim.lion_k.lion_k import lion_constraint_violation as lion_constraint_violation

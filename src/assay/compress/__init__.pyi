@@ -1,0 +1,1 @@
+# Made from the cards by 'make generate'.
