@@ -160,12 +160,18 @@ class RuleOptimizer(torch.optim.Optimizer):
             # A tensor, as torch's own optimizers keep it, so that checkpoints and shards treat it alike.
             state["step"] = torch.zeros((), dtype=torch.float32)
             for slot in self.slots_of(group):
-                state[slot] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                self._start(slot, p, group)
         state["step"] += 1
         tensors = (p, -g if group["maximize"] else g, *(state[slot] for slot in self.slots_of(group)))
         return int(state["step"]), tuple(map(torch.view_as_real, tensors)) if p.is_complex() else tensors
 
-    def _run_compiled(self, tensors: tuple[Tensor, ...], lr: Any, t: Any, options: dict[str, Any], whole: bool) -> None:
+    def _start(self, slot: str, p: Tensor, group: Mapping[str, Any]) -> None:
+        """Put the slot of a parameter that takes its first step into the state."""
+        self.state[p][slot] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def _run_compiled(
+        self, tensors: tuple[Tensor, ...], lr: Any, t: Any, options: dict[str, Any], whole: bool, rule: Any = None
+    ) -> None:
         """One graph for a kind of tensor: ``lr`` and ``t`` go in as tensors, so that no new value compiles anew."""
         p = tensors[0]
         if not whole and all(x.is_contiguous() for x in _local(tensors)):
@@ -176,7 +182,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         # Detached, because the compiler takes the shape of an nn.Parameter for a constant.
         tensors = tuple(x.detach() for x in tensors)
         kind = (p.dtype, *(size == 1 for size in tensors[0].shape))
-        _compiled(type(self).rule, kind)(*tensors, lr=lr, t=t, **options)
+        _compiled(rule or type(self).rule, kind)(*tensors, lr=lr, t=t, **options)
 
 
 @functools.cache
