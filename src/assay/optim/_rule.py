@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from assay.optim._checkpoint import as_saved
 from assay.optim._many import Many
 
 SMALL = 32_768
@@ -104,12 +105,10 @@ class RuleOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what ``state_dict`` gave; tensors besides the slots keep the dtype in which they were saved."""
         super().load_state_dict(state_dict)
-        # Torch casts all of them to the parameter's dtype: indices would become floats, float32 bfloat16.
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            for i, p in zip(saved["params"], group["params"], strict=True):
-                for name, value in state_dict["state"].get(i, {}).items():
-                    if isinstance(value, Tensor) and name not in ("step", *self.slots_of(group)):
-                        self.state[p][name] = value.to(p.device)
+        slots = {p: {"step", *self.slots_of(group)} for group in self.param_groups for p in group["params"]}
+        for p, name, value in as_saved(self, state_dict):
+            if name not in slots[p]:
+                self.state[p][name] = value
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
