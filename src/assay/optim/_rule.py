@@ -105,8 +105,9 @@ class RuleOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what ``state_dict`` gave; tensors besides the slots keep the dtype in which they were saved."""
         super().load_state_dict(state_dict)
+        slots = {p: {"step", *self.slots_of(group)} for group in self.param_groups for p in group["params"]}
         for p, name, value in as_saved(self, state_dict):
-            if name not in ("step", *self.slots):
+            if name not in slots[p]:
                 self.state[p][name] = value
 
     @torch.no_grad()
