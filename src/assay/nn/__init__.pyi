@@ -10,3 +10,4 @@ from assay.nn.batch_group_norm.batch_group_norm import BatchGroupNorm3d as Batch
 from assay.nn.batch_group_norm.batch_group_norm import convert_batchnorm_ as convert_batchnorm_
 from assay.nn.batch_group_norm.batch_group_norm import suggest_groups as suggest_groups
 from assay.optim.eightbit.eightbit import StableEmbedding as StableEmbedding
+from assay.optim.gradnormlorp.gradnormlorp import GradNormLoRPLinear as GradNormLoRPLinear

@@ -27,6 +27,9 @@ from assay.optim.eightbit.eightbit import AdamW8bit as AdamW8bit
 from assay.optim.eightbit.eightbit import Lion8bit as Lion8bit
 from assay.optim.eightbit.eightbit import SGD8bit as SGD8bit
 from assay.optim.eightbit.eightbit import use_32bit as use_32bit
+from assay.optim.gradnormlorp.gradnormlorp import GaLoreProjector as GaLoreProjector
+from assay.optim.gradnormlorp.gradnormlorp import GradNormLoRP as GradNormLoRP
+from assay.optim.gradnormlorp.gradnormlorp import gradnormlorp_param_groups as gradnormlorp_param_groups
 from assay.optim.lion_k.lion_k import Lion as Lion
 from assay.optim.lion_k.lion_k import LionK as LionK
 from assay.optim.lion_k.lion_k import lion_constraint_violation as lion_constraint_violation
