@@ -20,8 +20,8 @@ from timing import command, conditions, in_turns
 from torch import Tensor, nn
 
 from assay.nn import to_implicit_sparse
-from assay.optim import SAM, SSAM, BAdam, DCTProjector, ImplicitSSAM
-from assay.optim.lowrank import SVDProjector
+from assay.optim import SAM, SSAM, BAdam, ImplicitSSAM
+from assay.optim.lowrank import DCTProjector, SVDProjector
 
 WIDTH, LAYERS, BATCH = 512, 6, 256
 SGD: dict[str, Any] = {"lr": 1e-4, "momentum": 0.9}
