@@ -70,8 +70,8 @@ class TwoWayAdam(torch.optim.Optimizer):
                 raise RuntimeError(f"{type(self).__name__} does not support complex parameters")
 
     def __getstate__(self) -> dict[str, Any]:
-        # Torch's own leaves out what a subclass adds.
-        mine = {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+        # Torch's own leaves out what a subclass adds. Schedulers put a step of their own over the method.
+        mine = {name: value for name, value in self.__dict__.items() if not name.startswith("_") and name != "step"}
         return {**super().__getstate__(), **mine}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
