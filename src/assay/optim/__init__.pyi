@@ -22,6 +22,8 @@ from assay.optim.badam.badam import infer_blocks as infer_blocks
 from assay.optim.dct_lowrank.dct_lowrank import DCTAdamW as DCTAdamW
 from assay.optim.diffgrad.diffgrad import DiffGrad as DiffGrad
 from assay.optim.diffgrad.diffgrad import diffgrad_friction as diffgrad_friction
+from assay.optim.efficient_adam.efficient_adam import EfficientAdam as EfficientAdam
+from assay.optim.efficient_adam.efficient_adam import SimulatedEfficientAdam as SimulatedEfficientAdam
 from assay.optim.eightbit.eightbit import Adam8bit as Adam8bit
 from assay.optim.eightbit.eightbit import AdamW8bit as AdamW8bit
 from assay.optim.eightbit.eightbit import Lion8bit as Lion8bit
