@@ -11,6 +11,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +28,9 @@ class Example:
     """A layer class with its arguments and an input: ``Example(partial(Layer, 6, num_groups=3), (4, 6, 3, 4))``.
 
     ``shape`` has the examples first; override :meth:`input` for other than random numbers. ``replaces`` is a torch
-    layer that ``swap`` can exchange for this one, given the keywords of ``make``. The two flags are for layers whose
-    backward pass is by design not the derivative of the forward pass, or cannot be differentiated again.
+    layer that ``swap`` can exchange for this one, given the keywords of ``make``. The flags ``gradient`` and
+    ``second_gradient`` are for layers whose backward pass is by design not the derivative of the forward pass, or
+    cannot be differentiated again; ``stateless`` for those without tensors, which take neither device nor dtype.
     """
 
     make: partial[nn.Module]
@@ -36,6 +38,7 @@ class Example:
     replaces: nn.Module | None = None
     gradient: bool = True
     second_gradient: bool = True
+    stateless: bool = False
 
     def __str__(self) -> str:
         arguments = [*map(str, self.make.args), *(f"{name}={value}" for name, value in self.make.keywords.items())]
@@ -44,10 +47,13 @@ class Example:
     def input(self, dtype: torch.dtype = torch.float64) -> Tensor:
         return 2 * torch.randn(self.shape, dtype=dtype) + 0.5
 
+    def build(self, **factory: Any) -> nn.Module:
+        return self.make() if self.stateless else self.make(**factory)
+
     def layer(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """A layer that has seen a batch, its parameters no longer at their special first values."""
         torch.manual_seed(0)
-        layer = self.make(dtype=dtype)
+        layer = self.build(dtype=dtype)
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -78,7 +84,7 @@ def keeps_dtype_and_device(example: Example) -> None:
         tensors = [*layer.parameters(), *layer.buffers(), layer(example.input(dtype))]
         assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {dtype}
         assert all(tensor.isfinite().all() for tensor in tensors)
-    meta = example.make(device="meta")
+    meta = example.build(device="meta")
     assert all(tensor.is_meta for tensor in [*meta.parameters(), *meta.buffers()])
 
 
@@ -120,7 +126,7 @@ def has_the_right_gradients(example: Example) -> None:
 
 
 def survives_saving_and_copying(example: Example) -> None:
-    layer, fresh, file = example.layer(), example.make(dtype=torch.float64), io.BytesIO()
+    layer, fresh, file = example.layer(), example.build(dtype=torch.float64), io.BytesIO()
     fresh.load_state_dict(layer.state_dict())
     torch.save(layer, file)
     file.seek(0)
