@@ -9,5 +9,7 @@ from assay.nn.batch_group_norm.batch_group_norm import BatchGroupNorm2d as Batch
 from assay.nn.batch_group_norm.batch_group_norm import BatchGroupNorm3d as BatchGroupNorm3d
 from assay.nn.batch_group_norm.batch_group_norm import convert_batchnorm_ as convert_batchnorm_
 from assay.nn.batch_group_norm.batch_group_norm import suggest_groups as suggest_groups
+from assay.nn.stablemax.stablemax import LogStableMax as LogStableMax
+from assay.nn.stablemax.stablemax import StableMax as StableMax
 from assay.optim.eightbit.eightbit import StableEmbedding as StableEmbedding
 from assay.optim.gradnormlorp.gradnormlorp import GradNormLoRPLinear as GradNormLoRPLinear
