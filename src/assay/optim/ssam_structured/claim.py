@@ -31,12 +31,8 @@ PATTERNS: dict[str, dict[str, Any]] = {
 }
 SPARSE = (*PATTERNS, "implicit 2:4")
 EPOCHS = {"MLP": 60, "CNN": 30}
-RHO = {
-    "MLP": {"SAM": 0.4, "unstructured": 0.4, "tensors": 0.4, "channels": 0.4, "2:4": 0.4, "implicit 2:4": 0.4},
-    "CNN": {"SAM": 0.4, "unstructured": 0.4, "tensors": 0.4, "channels": 0.4, "2:4": 0.4, "implicit 2:4": 0.4},
-}
-NETWORKS = {"MLP": 5, "CNN": 3}
-"""Number of seeds on each network."""
+RHO = {"MLP": 0.4, "CNN": 0.1}
+SEEDS = {"MLP": 4, "CNN": 5}
 PARTS = ("accuracy", "time", "direction")
 
 
@@ -47,10 +43,14 @@ def claim(
     implicit: Callable[..., SAM] = ImplicitSSAM,
     parts: Collection[str] = PARTS,
 ) -> Evidence:
-    """Test accuracy, in points; seconds of a step; cosine of the implicit perturbation with SAM's."""
+    """Test accuracy, in points; time of a step; cosine of the implicit perturbation with SAM's.
+
+    Each form has the best radius of its own, which turned out to be the same for all on each network: of {0.2, 0.4, 0.8}
+    on seeds 1 and 2 for the MLP, of {0.05, 0.1, 0.2, 0.4} on seed 1 for the CNN.
+    """
     rows, checks, notes = Rows(), [], []
     if "accuracy" in parts:
-        for network, seeds in NETWORKS.items():
+        for network, seeds in SEEDS.items():
             run = functools.partial(train, network, explicit=explicit, implicit=implicit)
             run = functools.partial(run, epochs=bench.scale(EPOCHS[network]))
             found = bench.rows(run, ("SGD", "SAM", *SPARSE), bench.seeds(seeds))
@@ -96,7 +96,7 @@ def train(
     (x, y), (x_test, y_test) = noisy_digits(seed)
     torch.manual_seed(seed)
     model, options = network_of(network), {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
-    rho = RHO[network].get(variant) if rho is None else rho
+    rho = RHO[network] if rho is None else rho
     optimizer: Any
     if variant == "SGD":
         optimizer = torch.optim.SGD(model.parameters(), **options)
@@ -164,8 +164,8 @@ def cosines(variant: str, seed: int, *, implicit: Callable[..., SAM], epochs: in
     (x, y), _ = noisy_digits(seed)
     torch.manual_seed(seed)
     model = to_implicit_sparse(network_of("MLP"))
-    rho = RHO["MLP"]["implicit 2:4"]
-    optimizer = implicit(model, torch.optim.SGD, rho, seed=seed, lr=0.1, momentum=0.9, weight_decay=5e-4)
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+    optimizer = implicit(model, torch.optim.SGD, RHO["MLP"], seed=seed, **options)
     found = []
     for epoch in range(epochs):
         optimizer.update_mask(model=model, loss_fn=F.cross_entropy, data=(x, y), num_samples=SAMPLES)
@@ -187,7 +187,7 @@ def figure(evidence: Evidence) -> Figure:
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(7, 3.5), layout="constrained")
-    for axes, network in zip(drawing.subplots(1, 2), NETWORKS, strict=True):
+    for axes, network in zip(drawing.subplots(1, 2), SEEDS, strict=True):
         variants = ("SGD", "SAM", *SPARSE)
         for i, variant in enumerate(variants):
             values = [row["accuracy"] for row in evidence.rows if row["variant"] == f"{network}, {variant}"]
