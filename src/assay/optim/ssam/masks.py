@@ -35,10 +35,6 @@ class SparseMask:
         """Parameters of which nothing is perturbed."""
 
     @property
-    def params(self) -> list[nn.Parameter]:
-        return list(self.masks)
-
-    @property
     def size(self) -> int:
         """Number of all weights, N."""
         return sum(p.numel() for p in self.masks)

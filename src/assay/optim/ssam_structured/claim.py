@@ -33,6 +33,8 @@ SPARSE = (*PATTERNS, "implicit 2:4")
 EPOCHS = {"MLP": 60, "CNN": 30}
 RHO = {"MLP": 0.4, "CNN": 0.1}
 SEEDS = {"MLP": 4, "CNN": 5}
+MORE = {"CNN": (("SGD", "SAM", "2:4"), 10)}
+"""Five seeds left 2:4 on the CNN open: it is read from ten."""
 PARTS = ("accuracy", "time", "direction")
 
 
@@ -45,8 +47,8 @@ def claim(
 ) -> Evidence:
     """Test accuracy, in points; time of a step; cosine of the implicit perturbation with SAM's.
 
-    Each form has the best radius of its own, which turned out to be the same for all on each network: of {0.2, 0.4, 0.8}
-    on seeds 1 and 2 for the MLP, of {0.05, 0.1, 0.2, 0.4} on seed 1 for the CNN.
+    Each form was given its own best radius, which is the same for all on each network: of {0.2, 0.4, 0.8} on seeds 1
+    and 2 for the MLP, of {0.05, 0.1, 0.2, 0.4} on seed 1 for the CNN.
     """
     rows, checks, notes = Rows(), [], []
     if "accuracy" in parts:
@@ -54,16 +56,18 @@ def claim(
             run = functools.partial(train, network, explicit=explicit, implicit=implicit)
             run = functools.partial(run, epochs=bench.scale(EPOCHS[network]))
             found = bench.rows(run, ("SGD", "SAM", *SPARSE), bench.seeds(seeds))
+            variants, count = MORE.get(network, ((), seeds))
+            found += bench.rows(run, variants, bench.seeds(count)[len(bench.seeds(seeds)) :])
             for variant in SPARSE:
                 for baseline, bound in (("SGD", 0.0), ("SAM", -1.5)):
                     name = f"test accuracy, {network}, {variant} - {baseline}, points"
-                    checks.append(at_least(name, found.difference(variant, baseline, "accuracy"), bound))
+                    checks.append(at_least(name, gain(found, variant, baseline), bound))
             for variant in ("SGD", "SAM", *SPARSE):
                 notes.append(f"{network}, {variant}: test accuracy {found.values(variant, 'accuracy').mean():.2f}")
             rows += Rows({**row, "variant": f"{network}, {row['variant']}"} for row in found)
     if "time" in parts:
         found = bench.rows(
-            functools.partial(seconds, explicit=explicit, steps=bench.scale(25, 3)), ["time"], bench.seeds(6)
+            functools.partial(seconds, explicit=explicit, steps=bench.scale(15, 3)), ["time"], bench.seeds(6)
         )
         checks.append(at_most("time of a step, tensors / SAM", found.values("time", "active"), 0.93))
         notes.append(
@@ -77,6 +81,13 @@ def claim(
         checks.append(at_most("largest such cosine", found.values("direction", "largest").max(), 0.999))
         rows += found
     return Evidence(rows, checks, notes)
+
+
+def gain(rows: Rows, variant: str, baseline: str) -> np.ndarray:
+    """Accuracy gained, paired over the seeds that both have: the first ones."""
+    values, others = (rows.values(name, "accuracy") for name in (variant, baseline))
+    shared = min(len(values), len(others))
+    return values[:shared] - others[:shared]
 
 
 def network_of(network: str) -> nn.Module:
