@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from assay.optim._sam import SAM
 from assay.optim.ssam.fisher import fisher_diagonal
+from assay.optim.ssam_structured.patterns import check_granularity, check_nm, nm_mask, structured_mask
 
 SCORES = ("gradient", "weight", "random")
+PATTERNS = ("unstructured", "structured", "nm")
 
 
 class SparseMask:
@@ -31,10 +33,6 @@ class SparseMask:
         self.masks: dict[nn.Parameter, Tensor] = {}
         self.off: set[nn.Parameter] = set()
         """Parameters of which nothing is perturbed."""
-
-    @property
-    def params(self) -> list[nn.Parameter]:
-        return list(self.masks)
 
     @property
     def size(self) -> int:
@@ -106,11 +104,21 @@ class RandomMask(SparseMask):
 class FisherMask(SparseMask):
     """Perturb the weights with the largest Fisher information: the mask of SSAM-F.
 
-    The mask holds the int(N (1 - sparsity)) largest F of all N weights jointly, with F from :func:`fisher_diagonal`.
-    ``optimizer.update_mask(model=..., loss_fn=..., data=...)`` chooses it, at once; until then it is random.
+    With F from :func:`fisher_diagonal`, and all N weights taken jointly, the mask holds by ``pattern``
+
+    - ``"unstructured"``: the int(N (1 - sparsity)) weights with the largest F;
+    - ``"structured"``: whole tensors or channels, those with the largest mean of F (see :func:`structured_mask`);
+    - ``"nm"``: the n largest of every m consecutive weights (see :func:`nm_mask`) in tensors of two or more dimensions,
+      and all of the others; sparsity is not looked at.
+
+    ``optimizer.update_mask(model=..., loss_fn=..., data=...)`` chooses it, at once; until then F is random.
 
     Args:
         sparsity: share of weights that are not perturbed, in [0, 1].
+        pattern: ``"unstructured"``, ``"structured"`` or ``"nm"``.
+        n, m: of the pattern ``"nm"``, 0 <= n <= m.
+        granularity: of the pattern ``"structured"``: ``"tensor"`` or ``"channel"``.
+        group_dim: of the pattern ``"nm"``: ``"in"`` or ``"out"``.
         num_samples: examples for F, >= 1; ``update_mask(num_samples=...)`` may give another number.
         seed: of the first mask, and of which examples are drawn.
         refresh: ``"after"`` begins with a mask of zeros, as the authors' code does; ``"before"`` with a random one.
@@ -122,7 +130,8 @@ class FisherMask(SparseMask):
         ValueError: an argument out of range.
         RuntimeError: a sharded parameter at a refresh.
 
-    Source: P. Mi et al., Make Sharpness-Aware Minimization Stronger, NeurIPS 2022, arXiv 2210.05177, algorithm 2.
+    Source: P. Mi et al., Make Sharpness-Aware Minimization Stronger, NeurIPS 2022, arXiv 2210.05177;
+    patterns: P. Mi et al., Systematic Investigation of Sparse Perturbed SAM, 2023, arXiv 2306.17504.
 
     >>> import torch
     >>> from assay.optim import SAM
@@ -136,17 +145,44 @@ class FisherMask(SparseMask):
     """
 
     def __init__(
-        self, sparsity: float = 0.5, *, num_samples: int = 128, seed: int = 0, refresh: str = "before"
+        self,
+        sparsity: float = 0.5,
+        *,
+        pattern: str = "unstructured",
+        n: int = 2,
+        m: int = 4,
+        granularity: str = "tensor",
+        group_dim: str = "in",
+        num_samples: int = 128,
+        seed: int = 0,
+        refresh: str = "before",
     ) -> None:
         super().__init__(sparsity, seed)
+        check_choice("pattern", pattern, PATTERNS)
+        check_nm(n, m, group_dim)
+        check_granularity(granularity)
         _check_num_samples(num_samples)
-        _check_choice("refresh", refresh, ("before", "after"))
+        check_choice("refresh", refresh, ("before", "after"))
+        self.pattern, self.n, self.m, self.granularity, self.group_dim = pattern, n, m, granularity, group_dim
         self.num_samples, self.begins_at_zero = num_samples, refresh == "after"
 
     def first_masks(self) -> list[Tensor]:
         if self.begins_at_zero:
             return [torch.zeros(p.shape, dtype=torch.bool, device=p.device) for p in self.masks]
-        return super().first_masks()
+        return self.choose(self.random_scores())
+
+    def choose(self, scores: list[Tensor]) -> list[Tensor]:
+        """The masks by the pattern, of scores in the parameters' order."""
+        if self.pattern == "unstructured":
+            return largest(scores, int(self.size * (1 - self.sparsity)))
+        if self.pattern == "structured":
+            return list(structured_mask(dict(enumerate(scores)), self.sparsity, self.granularity).values())
+        return [
+            nm_mask(score, self.n, self.m, group_dim=self.group_dim)
+            if score.dim() > 1
+            else torch.ones_like(score, dtype=torch.bool)
+            for score in scores
+        ]
 
     def refresh(
         self,
@@ -162,7 +198,7 @@ class FisherMask(SparseMask):
         self.draws += 1
         fisher = fisher_diagonal(model, loss_fn, data, count, generator=draw)
         scores = [fisher[p] if p in fisher else torch.zeros_like(p, requires_grad=False) for p in self.masks]
-        self.set_masks(largest(scores, int(self.size * (1 - self.sparsity))))
+        self.set_masks(self.choose(scores))
 
 
 class DynamicMask(SparseMask):
@@ -191,7 +227,7 @@ class DynamicMask(SparseMask):
     Raises:
         ValueError: an argument out of range.
 
-    Source: P. Mi et al., Make Sharpness-Aware Minimization Stronger, NeurIPS 2022, arXiv 2210.05177, algorithm 3.
+    Source: P. Mi et al., Make Sharpness-Aware Minimization Stronger, NeurIPS 2022, arXiv 2210.05177.
 
     >>> import torch
     >>> from assay.optim.sam import DynamicMask
@@ -220,7 +256,7 @@ class DynamicMask(SparseMask):
             ("grow", grow, SCORES),
             ("refresh", refresh, ("before", "after")),
         ):
-            _check_choice(name, value, allowed)
+            check_choice(name, value, allowed)
         self.drop_rate, self.drop, self.grow = drop_rate, drop, grow
         self.T_start, self.T_end = T_start, T_end
         self.moment = refresh
@@ -300,7 +336,7 @@ def _placed(mask: Tensor, p: Any) -> Tensor:
     return distribute_tensor(mask, p.device_mesh, p.placements)
 
 
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} = {value!r} is out of range: {', '.join(map(repr, allowed))}")
 
