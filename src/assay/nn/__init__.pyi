@@ -13,3 +13,6 @@ from assay.nn.stablemax.stablemax import LogStableMax as LogStableMax
 from assay.nn.stablemax.stablemax import StableMax as StableMax
 from assay.optim.eightbit.eightbit import StableEmbedding as StableEmbedding
 from assay.optim.gradnormlorp.gradnormlorp import GradNormLoRPLinear as GradNormLoRPLinear
+from assay.optim.ssam_structured.ssam_structured import ImplicitSparseConv2d as ImplicitSparseConv2d
+from assay.optim.ssam_structured.ssam_structured import ImplicitSparseLinear as ImplicitSparseLinear
+from assay.optim.ssam_structured.ssam_structured import to_implicit_sparse as to_implicit_sparse

@@ -63,6 +63,7 @@ from assay.optim.rmt_lr.rmt_lr import scale_lr as scale_lr
 from assay.optim.rmt_lr.rmt_lr import spectral_density as spectral_density
 from assay.optim.sharpdro.sharpdro import SharpDRO as SharpDRO
 from assay.optim.ssam.ssam import SSAM as SSAM
+from assay.optim.ssam_structured.ssam_structured import ImplicitSSAM as ImplicitSSAM
 from assay.optim.sso.sso import ArmijoGD as ArmijoGD
 from assay.optim.sso.sso import SSO as SSO
 from assay.optim.sso.sso import target_surrogate as target_surrogate
