@@ -75,9 +75,10 @@ class SAM(WrappedOptimizer):
             ``"both"`` or ``"none"``. It needs to know them: give a Module, or call ``track_batchnorm(model)``.
         base_options: of the base optimizer's class.
 
-    Under DistributedDataParallel the gradient of the ascent is the averaged one. With a GradScaler use the two calls
-    and ``scaler.unscale_(optimizer)`` before each. The cost is a second forward and backward pass, and a copy of the
-    parameters during a step.
+    Under DistributedDataParallel the gradient of the ascent is the averaged one. With a GradScaler use the two calls,
+    ``scaler.unscale_(optimizer)`` before and ``scaler.update()`` after each, and where the gradients at w + eps are not
+    finite ``restore()`` in place of ``second_step()``. The cost is a second forward and backward pass, and a copy of
+    the parameters during a step.
 
     Raises:
         ValueError: an argument out of range.

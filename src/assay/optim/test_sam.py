@@ -239,3 +239,30 @@ def test_what_a_mask_leaves_out_is_neither_copied_nor_moved():
     moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
     assert moved == [True, False, False, False, False]
     optimizer.second_step()
+
+
+def test_a_gradient_scaler_goes_with_the_two_calls():
+    plain, model = network(), network()
+    train(plain, SAM(plain, torch.optim.SGD, lr=0.1), range(3))
+    optimizer, scaler = SAM(model, torch.optim.SGD, lr=0.1), torch.amp.GradScaler("cpu", init_scale=8.0)
+    for step in range(3):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        for call in (optimizer.first_step, optimizer.second_step):
+            optimizer.zero_grad()
+            scaler.scale((model(x) - x[:, :3]).square().mean()).backward()
+            scaler.unscale_(optimizer)
+            call()
+            scaler.update()
+    torch.testing.assert_close(list(model.parameters()), list(plain.parameters()))
+
+
+def test_a_second_gradient_that_is_not_finite_can_be_left_out():
+    model = network()
+    optimizer = SAM(model, torch.optim.SGD, lr=0.1)
+    closure_of(model, optimizer, 0)()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.first_step()
+    model[0].weight.grad.fill_(torch.inf)
+    optimizer.restore()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    train(model, optimizer, range(1))
