@@ -11,6 +11,11 @@ from assay.nn.batch_group_norm.batch_group_norm import convert_batchnorm_ as con
 from assay.nn.batch_group_norm.batch_group_norm import suggest_groups as suggest_groups
 from assay.nn.stablemax.stablemax import LogStableMax as LogStableMax
 from assay.nn.stablemax.stablemax import StableMax as StableMax
+from assay.nn.weight_compander.weight_compander import WeightCompander as WeightCompander
+from assay.nn.weight_compander.weight_compander import compand as compand
+from assay.nn.weight_compander.weight_compander import compander_groups as compander_groups
+from assay.nn.weight_compander.weight_compander import fuse_compander as fuse_compander
+from assay.nn.weight_compander.weight_compander import weight_compander as weight_compander
 from assay.optim.eightbit.eightbit import StableEmbedding as StableEmbedding
 from assay.optim.gradnormlorp.gradnormlorp import GradNormLoRPLinear as GradNormLoRPLinear
 from assay.optim.ssam_structured.ssam_structured import ImplicitSparseConv2d as ImplicitSparseConv2d
