@@ -67,3 +67,6 @@ from assay.optim.ssam_structured.ssam_structured import ImplicitSSAM as Implicit
 from assay.optim.sso.sso import ArmijoGD as ArmijoGD
 from assay.optim.sso.sso import SSO as SSO
 from assay.optim.sso.sso import target_surrogate as target_surrogate
+from assay.optim.stable_spam.stable_spam import StableSPAM as StableSPAM
+from assay.optim.stable_spam.stable_spam import adaclip as adaclip
+from assay.optim.stable_spam.stable_spam import adagn as adagn

@@ -227,16 +227,6 @@ class StableSPAM(RuleOptimizer):
                 state[name].zero_()
         return t, (*tensors, state["statistics"])
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every optimizer's; the statistics keep the precision that they were saved in."""
-        super().load_state_dict(state_dict)
-        # torch casts the state to the parameter's dtype: bfloat16 has no more than eight bits to count steps with.
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(saved, params, strict=True):
-            if index in state_dict["state"]:
-                self.state[p]["statistics"] = state_dict["state"][index]["statistics"].clone().to(p.device)
-
     @staticmethod
     def rule(
         p: Any, g: Any, m: Any, v: Any, *rest: Any, lr: Any, t: Any, betas: tuple[float, float], eps: float,
