@@ -230,8 +230,8 @@ def _dense(x: Tensor) -> Tensor | None:
 def row_blocks(x: Tensor, *, like: Tensor | None = None) -> tuple[Tensor, ...]:
     """Views of consecutive rows of a matrix, :data:`PIECE` elements each, for rules that need sums over rows.
 
-    ``like`` is the matrix whose rows count where ``x`` has a number per row. What is small, compiled or sharded, or lies
-    on another device than the CPU, where a call costs more than a pass over memory, stays whole.
+    ``like`` is the matrix whose rows count where ``x`` has a number per row. What is small, compiled or sharded, or
+    lies on another device than the CPU, where a call costs more than a pass over memory, stays whole.
     """
     whole = x if like is None else like
     if torch.compiler.is_compiling() or x.device.type != "cpu" or hasattr(whole, "to_local") or whole.numel() <= PIECE:

@@ -18,6 +18,7 @@ from assay.bench.spec import parse_specs
 from assay.bench.tasks import resolve_task
 from assay.optim import SharpDRO
 from assay.optim._wrapper_contract import BASES, EXACT, network
+from assay.optim.sam import RandomMask
 from assay.optim.sharpdro.sharpdro import apply
 from assay.optim.sharpdro.test_sharpdro import GROUPS, SGD, closure_of, train
 
@@ -147,22 +148,8 @@ def test_schedulers_groups_and_parameters_without_gradient():
 
 
 def test_a_mask_chooses_what_is_perturbed():
-    class Nothing:
-        def init(self, params): ...
-
-        def apply(self, params, eps):
-            return [torch.zeros_like(e) for e in eps]
-
-        def refresh(self, optimizer, **context): ...
-
-        def state_dict(self):
-            return {"of": "nothing"}
-
-        def load_state_dict(self, state):
-            assert state == {"of": "nothing"}
-
     models = [network(), network()]
-    masked = SharpDRO(models[0], torch.optim.SGD, 0.3, n_groups=GROUPS, mask=Nothing(), **SGD)
+    masked = SharpDRO(models[0], torch.optim.SGD, 0.3, n_groups=GROUPS, mask=RandomMask(1.0), **SGD)
     plain = SharpDRO(models[1], torch.optim.SGD, 0.0, n_groups=GROUPS, **SGD)
     torch.testing.assert_close(train(models[0], masked), train(models[1], plain), **EXACT)
     masked.load_state_dict(masked.state_dict())
