@@ -189,3 +189,25 @@ def test_a_bad_budget_is_refused(settings):
 
 def test_task_is_public():
     assert isinstance(task, Task)
+
+
+def test_the_state_of_wrapped_tensors_is_what_they_hold():
+    class Codes(torch.Tensor):
+        @staticmethod
+        def __new__(cls, codes):
+            return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+        def __init__(self, codes):
+            self.codes = codes
+
+        def __tensor_flatten__(self):
+            return ["codes"], None
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            raise AssertionError(f"{function} is not for codes")
+
+    p = torch.nn.Parameter(torch.zeros(1000))
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    optimizer.state[p]["momentum_buffer"] = Codes(torch.zeros(1000, dtype=torch.uint8))
+    assert state_bytes(optimizer) == 1000

@@ -235,7 +235,9 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     seen: dict[int, int] = {}
 
     def visit(value: Any) -> None:
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):  # a wrapper, such as of 8-bit codes
+            visit([getattr(value, name) for name in value.__tensor_flatten__()[0]])
+        elif isinstance(value, Tensor):
             storage = value.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
         elif isinstance(value, dict):
