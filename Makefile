@@ -24,6 +24,7 @@ claims: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/optim.py
+	$(BIN)/python benchmarks/optim_steps.py
 	$(BIN)/python benchmarks/losses.py
 
 docs: $(READY)
