@@ -63,7 +63,7 @@ class Expander:
     Raises:
         ValueError: an argument out of range.
 
-    Source: A. Deaconu, B. Appolinary, S. Yang, Q. Li, Self Expanding Convolutional Neural Networks, 2024,
+    Source: B. Appolinary, A. Deaconu, S. Yang, Q. Li, Self Expanding Convolutional Neural Networks, 2024,
     arXiv 2401.05686.
 
     >>> import torch
@@ -129,8 +129,9 @@ class Expander:
             raise ValueError("batches = none is out of range: at least one")
         before = self.model.num_parameters()
         scores: dict[tuple[str, int], float] = {}
+        cards = {p.device for p in self.model.parameters() if p.is_cuda}
         for kind, block in candidates:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=cards):
                 grown = copy.deepcopy(self.model)
                 self._expand(grown, kind, block, chosen)
             if self.max_params is None or grown.num_parameters() <= self.max_params:

@@ -57,7 +57,7 @@ def natural_expansion_score(
     Raises:
         ValueError: an argument out of range, no example, or no parameter that requires a gradient.
 
-    Source: A. Deaconu, B. Appolinary, S. Yang, Q. Li, Self Expanding Convolutional Neural Networks, 2024,
+    Source: B. Appolinary, A. Deaconu, S. Yang, Q. Li, Self Expanding Convolutional Neural Networks, 2024,
     arXiv 2401.05686; the score is from R. Mitchell et al., Self-Expanding Neural Networks, 2023, arXiv 2307.04526.
 
     >>> import torch
@@ -78,7 +78,7 @@ def natural_expansion_score(
     total = {name: torch.zeros_like(p) for name, p in trained.items()}
     squares = {name: torch.zeros_like(p) for name, p in trained.items()}
     count = 0
-    for grads in (_of_batches if fisher == "batch" else _of_examples)(model, batches, loss_fn, trained):
+    for grads in (_of_batches if fisher == "batch" else _of_examples)(model, batches, loss_fn):
         for name, g in grads.items():
             total[name] += g.sum(0)
             squares[name] += g.square().sum(0)
@@ -94,16 +94,15 @@ def natural_expansion_score(
     return eta / (size if normalize else 1) * math.exp(-reg * math.copysign(abs(added) ** reg_power, added))
 
 
-def _of_examples(model: nn.Module, batches: Iterable[Any], loss_fn: Loss, trained: Any) -> Iterable[dict[str, Tensor]]:
+def _of_examples(model: nn.Module, batches: Iterable[Any], loss_fn: Loss) -> Iterable[dict[str, Tensor]]:
     for batch in batches:
         for start in range(0, len(tree_leaves(batch)[0]), CHUNK):
             part = slice(start, start + CHUNK)
             yield per_sample_grads(model, loss_fn, *tree_map(lambda t, part=part: t[part], tuple(batch)))
 
 
-def _of_batches(
-    model: nn.Module, batches: Iterable[Any], loss_fn: Loss, trained: dict[str, nn.Parameter]
-) -> Iterable[dict[str, Tensor]]:
+def _of_batches(model: nn.Module, batches: Iterable[Any], loss_fn: Loss) -> Iterable[dict[str, Tensor]]:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for x, y in batches:
         with evaluating(model), torch.enable_grad():
             grads = torch.autograd.grad(loss_fn(model(x), y), list(trained.values()), materialize_grads=True)

@@ -57,7 +57,7 @@ class SelfExpandingCNN(nn.Module):
     Raises:
         ValueError: an argument out of range; loading the state of a network of another structure.
 
-    Source: A. Deaconu, B. Appolinary, S. Yang, Q. Li, Self Expanding Convolutional Neural Networks, 2024,
+    Source: B. Appolinary, A. Deaconu, S. Yang, Q. Li, Self Expanding Convolutional Neural Networks, 2024,
     arXiv 2401.05686.
 
     >>> import torch
@@ -98,19 +98,9 @@ class SelfExpandingCNN(nn.Module):
         in_range("preserve", preserve, preserve in PRESERVE, " or ".join(PRESERVE))
         last = image_size // pool ** len(channels)
         in_range("image_size", image_size, last > 0, f"at least pool ** blocks = {pool ** len(channels)}")
-        self.in_channels, self.num_classes, self.image_size, self.capacity = (
-            in_channels,
-            num_classes,
-            image_size,
-            capacity,
-        )
-        self.dropout, self.fc_dropout, self.pool, self.hidden, self.preserve = (
-            dropout,
-            fc_dropout,
-            pool,
-            hidden,
-            preserve,
-        )
+        self.in_channels, self.num_classes, self.image_size = in_channels, num_classes, image_size
+        self.dropout, self.fc_dropout, self.pool, self.hidden = dropout, fc_dropout, pool, hidden
+        self.capacity, self.preserve = capacity, preserve
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.blocks = nn.ModuleList(
             nn.Sequential(
@@ -139,11 +129,11 @@ class SelfExpandingCNN(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        first = None
-        for block in self.blocks:
+        block, *others = self.blocks
+        first = x = block(x)
+        for block in others:
             x = block(x)
-            first = x if first is None else first
-        if self.skip is not None and first is not None:
+        if self.skip is not None:
             x = torch.cat([x, self.skip(first)], 1)
         return self.head(self.mix(x))
 

@@ -79,7 +79,7 @@ def insert_identity_conv(
     Raises:
         ValueError: an argument out of range.
 
-    Source: A. Deaconu, B. Appolinary, S. Yang, Q. Li, Self Expanding Convolutional Neural Networks, 2024,
+    Source: B. Appolinary, A. Deaconu, S. Yang, Q. Li, Self Expanding Convolutional Neural Networks, 2024,
     arXiv 2401.05686.
 
     >>> import torch
@@ -151,7 +151,7 @@ def widen_conv(
     Raises:
         ValueError: an argument out of range, or a layer that cannot take more channels.
 
-    Source: A. Deaconu, B. Appolinary, S. Yang, Q. Li, Self Expanding Convolutional Neural Networks, 2024,
+    Source: B. Appolinary, A. Deaconu, S. Yang, Q. Li, Self Expanding Convolutional Neural Networks, 2024,
     arXiv 2401.05686.
 
     >>> import torch

@@ -23,8 +23,8 @@ from assay.nn.self_expanding_cnn.claim import Chance, claim, figure
 
 TINY = {"image_size": 4, "hidden": 3, "dropout": 0.0, "fc_dropout": 0.0}
 EXAMPLES = [
-    Example(partial(SelfExpandingCNN, 1, 2, (2, 1), **TINY), (3, 1, 4, 4), bfloat16=0.1),
-    Example(partial(SelfExpandingCNN, 1, 2, (2,), preserve="paper", **TINY), (3, 1, 4, 4), bfloat16=0.1),
+    Example(partial(SelfExpandingCNN, 1, 2, (2, 1), **TINY), (3, 1, 4, 4)),
+    Example(partial(SelfExpandingCNN, 1, 2, (2,), preserve="paper", **TINY), (3, 1, 4, 4)),
 ]
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
 
@@ -50,12 +50,6 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 1) -> 
     optimizer.zero_grad()
     F.cross_entropy(model.train()(x), y).backward()
     optimizer.step()
-
-
-def outputs(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """In training and in evaluation; the statistics stay as they are."""
-    model = copy.deepcopy(model)
-    return model.train()(images()[0]).detach(), copy.deepcopy(model).eval()(images(2)[0]).detach()
 
 
 def test_the_architecture():
@@ -91,19 +85,12 @@ def test_an_exact_expansion_changes_no_output(block, training):
 
 def test_without_calibration_evaluation_is_exact_for_any_images():
     model = net()
-    before = outputs(model)[1]
+    before = model.eval()(images(2)[0])
     for block in (0, 1, 2):
         model.add_layer(block)
         model.widen(block, 1)
-    trained, after = model.train()(images()[0]), None
-    assert trained.isfinite().all()
-    model = net()
-    for block in (0, 1, 2):
-        model.add_layer(block)
-        model.widen(block, 1)
-    after = model.eval()(images(2)[0])
-    close(after, net().eval()(images(2)[0]))
-    assert before.shape == after.shape
+    close(model(images(2)[0]), before)
+    assert model.train()(images()[0]).isfinite().all()
 
 
 def test_the_papers_expansion_has_noise_fresh_statistics_and_leaky_relu():
