@@ -65,15 +65,17 @@ def _train(
     variant: str, seed: int, method: Callable[..., Expander], bench: Bench
 ) -> tuple[dict[str, Any], SelfExpandingCNN]:
     (x, y), (test_x, test_y) = ((p.view(-1, 1, 8, 8), labels) for p, labels in split_digits(seed, TRAIN))
+    # Before the seed is set, so that it makes no difference whether that run is still in the cache.
+    grown = _train(EXPANDED, seed, method, bench)[1] if variant in (SCRATCH, RANDOM) else None
     torch.manual_seed(seed)
     model, expander = SelfExpandingCNN(1, 10, CHANNELS, image_size=8), None
     threshold = float(variant.rpartition(" ")[2]) if variant.startswith("threshold") else THRESHOLD
     if variant == EXPANDED or variant.startswith("threshold"):
         expander = method(model, threshold=threshold, cooldown=COOLDOWN)
-    elif variant == SCRATCH:
-        model = afresh(_train(EXPANDED, seed, method, bench)[1])
-    elif variant == RANDOM:
-        final = _train(EXPANDED, seed, method, bench)[1].num_parameters()
+    elif grown is not None and variant == SCRATCH:
+        model = afresh(grown)
+    elif grown is not None:
+        final = grown.num_parameters()
         expander = Expander(model, threshold=1e-9, cooldown=COOLDOWN, max_params=final, score=Chance(seed))
     optimizer = torch.optim.Adam(model.parameters(), BEST.get(variant, BEST[EXPANDED]), fused=True)
     order, scored = torch.Generator().manual_seed(seed), [(x[:SCORED], y[:SCORED])]

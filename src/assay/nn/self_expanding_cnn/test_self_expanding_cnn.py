@@ -19,7 +19,7 @@ from assay.nn.expand import (
     natural_expansion_score,
     widen_conv,
 )
-from assay.nn.self_expanding_cnn.claim import Chance, claim, figure
+from assay.nn.self_expanding_cnn.claim import EXPANDED, RANDOM, SCRATCH, Chance, _train, claim, figure, measure
 
 TINY = {"image_size": 4, "hidden": 3, "dropout": 0.0, "fc_dropout": 0.0}
 EXAMPLES = [
@@ -318,6 +318,17 @@ def test_the_claim_does_not_hold_for_a_box_filter():
     assert [check.verdict for check in real.checks[:2]] == [HOLDS, HOLDS]
     assert box.checks[1].verdict == FAILS
     assert figure(real) is not None
+
+
+@pytest.mark.parametrize("variant", [SCRATCH, RANDOM])
+def test_an_arm_is_the_same_whether_or_not_the_expanded_network_was_trained_before(variant):
+    run = partial(measure, seed=0, method=Late, bench=Bench(quick=True))
+    _train.cache_clear()
+    first = run(variant)
+    assert run(EXPANDED)["expansions"] == 1
+    _train.cache_clear()
+    run(EXPANDED)
+    assert run(variant) == first
 
 
 def test_the_claim_does_not_hold_for_the_authors_score():
