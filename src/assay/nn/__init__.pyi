@@ -11,6 +11,12 @@ from assay.nn.batch_group_norm.batch_group_norm import convert_batchnorm_ as con
 from assay.nn.batch_group_norm.batch_group_norm import suggest_groups as suggest_groups
 from assay.nn.stablemax.stablemax import LogStableMax as LogStableMax
 from assay.nn.stablemax.stablemax import StableMax as StableMax
+from assay.nn.tract.tract import TrAct as TrAct
+from assay.nn.tract.tract import TrActConv1d as TrActConv1d
+from assay.nn.tract.tract import TrActConv2d as TrActConv2d
+from assay.nn.tract.tract import TrActConv3d as TrActConv3d
+from assay.nn.tract.tract import TrActLinear as TrActLinear
+from assay.nn.tract.tract import untract as untract
 from assay.nn.weight_compander.weight_compander import WeightCompander as WeightCompander
 from assay.nn.weight_compander.weight_compander import compand as compand
 from assay.nn.weight_compander.weight_compander import compander_groups as compander_groups
