@@ -9,6 +9,17 @@ from assay.nn.batch_group_norm.batch_group_norm import BatchGroupNorm2d as Batch
 from assay.nn.batch_group_norm.batch_group_norm import BatchGroupNorm3d as BatchGroupNorm3d
 from assay.nn.batch_group_norm.batch_group_norm import convert_batchnorm_ as convert_batchnorm_
 from assay.nn.batch_group_norm.batch_group_norm import suggest_groups as suggest_groups
+from assay.nn.batchnorm_only.batchnorm_only import BATCHNORM_TYPES as BATCHNORM_TYPES
+from assay.nn.batchnorm_only.batchnorm_only import DisabledFeatures as DisabledFeatures
+from assay.nn.batchnorm_only.batchnorm_only import FrozenReport as FrozenReport
+from assay.nn.batchnorm_only.batchnorm_only import RandomSubset as RandomSubset
+from assay.nn.batchnorm_only.batchnorm_only import batchnorm_only as batchnorm_only
+from assay.nn.batchnorm_only.batchnorm_only import disabled_features as disabled_features
+from assay.nn.batchnorm_only.batchnorm_only import init_batchnorm_ as init_batchnorm_
+from assay.nn.batchnorm_only.batchnorm_only import random_per_channel as random_per_channel
+from assay.nn.batchnorm_only.batchnorm_only import unfreeze as unfreeze
+from assay.nn.nalaformer.nalaformer import NaLaFormerBlock as NaLaFormerBlock
+from assay.nn.nalaformer.nalaformer import NormAwareLinearAttention as NormAwareLinearAttention
 from assay.nn.stablemax.stablemax import LogStableMax as LogStableMax
 from assay.nn.stablemax.stablemax import StableMax as StableMax
 from assay.nn.tract.tract import TrAct as TrAct
