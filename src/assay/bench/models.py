@@ -37,6 +37,13 @@ def cnn(classes: int, channels: int = 1, width: int = 16) -> nn.Module:
     )
 
 
+class TokenBatchNorm(nn.BatchNorm1d):
+    """Batch normalization of (..., channels) over all else, where a transformer has layer normalization."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.flatten(0, -2)).view_as(input)
+
+
 class ViT(nn.Module):
     """A small vision transformer for square one-channel images, patches of 2x2 pixels."""
 

@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = exports(
     shared={
         "NoEffectWarning": "assay.nn._swap",
         "ProjectionHead": "assay.nn._projection",
+        "convert_layernorm_": "assay.nn._convert",
         "swap": "assay.nn._swap",
     },
 )
