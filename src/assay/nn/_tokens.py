@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from assay._distributed import all_reduce_sum
@@ -26,7 +27,10 @@ class Tokens:
 
     def mean(self, rows: Tensor) -> Tensor:
         """Mean over real tokens (C,); 0 if there are none."""
-        total = (rows if self.real is None else rows * self.real).sum(0)
+        return self.shared_mean((rows if self.real is None else rows * self.real).sum(0))
+
+    def shared_mean(self, total: Tensor) -> Tensor:
+        """The mean whose sum over this process's tokens is ``total``."""
         return (all_reduce_sum(total) if self.sync else total) / self.count.clamp_min(1)
 
     def update_(self, buffer: Tensor, value: Tensor) -> None:
@@ -47,6 +51,24 @@ def snapshot(buffer: Tensor) -> Tensor:
 @snapshot.register_fake
 def _(buffer: Tensor) -> Tensor:
     return torch.empty_like(buffer)
+
+
+def scaled(rows: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """``weight rows / sqrt(var + eps) + bias`` of each channel, in one pass: batch normalization of mean 0."""
+    weight, bias = (p if p is None else p.to(rows.dtype) for p in (weight, bias))
+    return F.batch_norm(rows, torch.zeros_like(var), var, weight, bias, False, 0.0, eps)
+
+
+def scaled_backward(
+    grad: Tensor, rows: Tensor, var: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`scaled` for a constant ``var``: of rows, weight (also where there is none) and bias."""
+    if rows.shape[0] == 0:  # torch's kernel divides by the number of rows
+        return rows.clone(), torch.zeros_like(var), torch.zeros_like(var)
+    scale = torch.ones_like(var) if weight is None else weight.to(rows.dtype)
+    return torch.ops.aten.native_batch_norm_backward(
+        grad, rows, scale, torch.zeros_like(var), var, None, None, False, eps, [True, True, True]
+    )
 
 
 def check_tokens(input: Tensor, num_features: int, padding_mask: Tensor | None) -> None:

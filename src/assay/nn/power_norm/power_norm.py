@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from assay._checks import in_range
-from assay.nn._tokens import Tokens, check_tokens, snapshot
+from assay.nn._tokens import Tokens, check_tokens, scaled, scaled_backward, snapshot
 
 
 def _group_scale(x: Tensor, groups: int, eps: float) -> Tensor:
@@ -50,31 +50,52 @@ class GroupScale(nn.Module):
 
 
 class _Approximate(torch.autograd.Function):
-    """xhat = x / sqrt(psi + eps), with nu, a running average, for what the batch's own psi would take off a gradient.
+    """weight xhat + bias, xhat = x / sqrt(psi + eps), with nu for what the batch's own psi would take off a gradient.
 
-    The buffer nu is read as it was at the forward pass, and moved in the backward pass.
+    The buffer nu is read as it was at the forward pass, and moved in the backward pass. ``batch`` is the mean of x^2
+    over the tokens that count.
     """
 
     @staticmethod
     def forward(
-        rows: Tensor, psi: Tensor, psi_back: Tensor, nu: Tensor, alpha: float, tokens: Tokens, eps: float
+        rows: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        psi: Tensor,
+        psi_back: Tensor | None,
+        batch: Tensor,
+        nu: Tensor,
+        alpha: float,
+        tokens: Tokens,
+        eps: float,
     ) -> Tensor:
-        return rows * (psi + eps).rsqrt()
+        return scaled(rows, psi, weight, bias, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        rows, psi, psi_back, ctx.nu, ctx.alpha, ctx.tokens, ctx.eps = inputs
-        ctx.save_for_backward(rows, psi, psi_back, snapshot(ctx.nu))
+        rows, weight, bias, psi, psi_back, batch, ctx.nu, ctx.alpha, ctx.tokens, ctx.eps = inputs
+        ctx.save_for_backward(rows, weight, psi, psi_back, batch, snapshot(ctx.nu))
+        ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        rows, psi, psi_back, nu = ctx.saved_tensors
-        xhat = rows * (psi + ctx.eps).rsqrt()
-        square, product = ctx.tokens.mean(xhat.square()), ctx.tokens.mean(g * xhat)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, psi, psi_back, batch, nu = ctx.saved_tensors
+        found, weight_grad, bias_grad = scaled_backward(grad, rows, psi, weight, ctx.eps)
+        product = weight_grad if weight is None else weight_grad * weight
+        if ctx.tokens.real is None:
+            product = ctx.tokens.shared_mean(product)
+        else:  # the weight's gradient has padded tokens in it
+            g = grad if weight is None else grad * weight
+            product = ctx.tokens.mean(g * rows) * (psi + ctx.eps).rsqrt()
         share = 1 - ctx.alpha
-        ctx.tokens.update_(ctx.nu, ctx.nu * (1 - share * square) + share * product)
-        return (g - nu * xhat) * (psi_back + ctx.eps).rsqrt(), *[None] * 6
+        ctx.tokens.update_(ctx.nu, ctx.nu * (1 - share * batch / (psi + ctx.eps)) + share * product)
+        found = found.addcmul_(rows, -nu / (psi + ctx.eps))
+        if psi_back is not None:
+            found = found * ((psi + ctx.eps) / (psi_back + ctx.eps)).sqrt()
+        if weight is None:
+            return found, *[None] * 9
+        return found, weight_grad.to(weight.dtype), bias_grad.to(ctx.bias_dtype), *[None] * 7
 
 
 class _QuadraticNorm(nn.Module):
@@ -118,13 +139,18 @@ class _QuadraticNorm(nn.Module):
         if self.training:
             y = self._train(rows, Tokens.of(rows, padding_mask, self.sync))
         else:
-            y = rows * (self.psi2.to(rows.dtype) + self.eps).rsqrt()
-        if self.weight is not None and self.bias is not None:
-            y = torch.addcmul(self.bias.to(y.dtype), y, self.weight.to(y.dtype))
+            y = scaled(rows, self.psi2.to(rows.dtype), self.weight, self.bias, self.eps)
         return y.view(x.shape).to(input.dtype)
 
     def _train(self, rows: Tensor, tokens: Tokens) -> Tensor:
         raise NotImplementedError
+
+    def _exactly(self, rows: Tensor, psi: Tensor) -> Tensor:
+        """With the gradient through psi, where it has one."""
+        y = rows * (psi + self.eps).rsqrt()
+        if self.weight is None or self.bias is None:
+            return y
+        return torch.addcmul(self.bias.to(y.dtype), y, self.weight.to(y.dtype))
 
     def extra_repr(self) -> str:
         return (
@@ -209,11 +235,15 @@ class PowerNorm(_QuadraticNorm):
         step = self.step + 1
         psi = torch.where(step <= self.warmup_steps, batch, before)
         if self.approx_backward:
-            every = Tokens.of(rows, None, self.sync) if quirks else tokens
-            back = batch if quirks else psi
-            y = _Approximate.apply(rows, psi.detach(), back.detach(), self.nu, self.alpha_bkw, every, self.eps)
+            psi, counted, square = psi.detach(), tokens, batch.detach()
+            if quirks:
+                counted = Tokens.of(rows, None, self.sync)
+                square = counted.mean(rows.detach().square())
+            back = batch.detach() if quirks else None
+            rest = (self.nu, self.alpha_bkw, counted, self.eps)
+            y = _Approximate.apply(rows, self.weight, self.bias, psi, back, square, *rest)
         else:
-            y = rows * (psi + self.eps).rsqrt()
+            y = self._exactly(rows, psi)
         with torch.no_grad():
             average = before + (batch - before) / step
             warm = step < self.warmup_steps
@@ -263,4 +293,4 @@ class PowerNormV(_QuadraticNorm):
         batch = tokens.mean(rows.square())
         with torch.no_grad():
             tokens.update_(self.psi2, self.psi2.to(rows.dtype).lerp(batch, 1 - self.alpha_fwd))
-        return rows * (batch + self.eps).rsqrt()
+        return self._exactly(rows, batch)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from assay._checks import in_range
-from assay.nn._tokens import Tokens, check_tokens, snapshot
+from assay.nn._tokens import Tokens, check_tokens, scaled, scaled_backward, snapshot
 from assay.nn.unified_norm.fusion import FusionReport, fuse_unified_norm
 
 __all__ = ["FusionReport", "UnifiedNorm", "fuse_unified_norm"]
@@ -44,8 +44,7 @@ class _Unified(torch.autograd.Function):
         step: Tensor,
         rest: _Backward,
     ) -> Tensor:
-        z = rows * (var + rest.eps).rsqrt()
-        return z if weight is None or bias is None else torch.addcmul(bias.to(z.dtype), z, weight.to(z.dtype))
+        return scaled(rows, var, weight, bias, rest.eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -58,10 +57,12 @@ class _Unified(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, var, ratio, skip, step = ctx.saved_tensors
         window, average, tokens, momentum, eps, warmup = ctx.rest
-        inverse = (var + eps).rsqrt()
-        z = rows * inverse
-        g = grad * ratio if weight is None else grad * (weight.to(grad.dtype) * ratio)
-        own = tokens.mean(g * z)
+        found, weight_grad, bias_grad = scaled_backward(grad, rows, var, weight, eps)
+        scale = ratio if weight is None else weight.to(ratio.dtype) * ratio
+        if tokens.real is None:
+            own = tokens.shared_mean(weight_grad * scale)
+        else:  # the weight's gradient has padded tokens in it
+            own = tokens.mean(grad * rows) * scale * (var + eps).rsqrt()
         before = average.to(own.dtype)
         kept = _put(window.to(own.dtype), torch.where(skip, before, own), step)
         smooth = (step > len(window)) & (step >= warmup) & ~skip
@@ -69,11 +70,11 @@ class _Unified(torch.autograd.Function):
         moved = torch.lerp(mean, before, momentum)
         tokens.update_(window, kept)
         tokens.update_(average, moved)
-        input_grad = (g - torch.where(skip, mean, moved) * z) * inverse
+        taken = torch.where(skip, mean, moved) / (var + eps)
+        found = torch.addcmul(found * ratio, rows, taken, value=-1)
         if weight is None:
-            return input_grad, *[None] * 7
-        weight_grad, bias_grad = (grad * z).sum(0) * ratio, grad.sum(0)
-        return input_grad, weight_grad.to(weight.dtype), bias_grad.to(ctx.bias_dtype), *[None] * 5
+            return found, *[None] * 7
+        return found, (weight_grad * ratio).to(weight.dtype), bias_grad.to(ctx.bias_dtype), *[None] * 5
 
 
 def _put(window: Tensor, row: Tensor, step: Tensor) -> Tensor:
@@ -189,8 +190,7 @@ class UnifiedNorm(nn.Module):
         if self.training:
             y = self._train(rows, Tokens.of(rows, padding_mask, self.sync))
         else:
-            scale, shift = self.folded()
-            y = torch.addcmul(shift, rows, scale)
+            y = scaled(rows, self.running_var.to(rows.dtype), self.weight, self.bias, self.eps)
         return y.view(input.shape).to(input.dtype)
 
     def _train(self, rows: Tensor, tokens: Tokens) -> Tensor:
