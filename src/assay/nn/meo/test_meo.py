@@ -6,7 +6,6 @@ import copy
 import math
 from functools import partial
 from statistics import NormalDist
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,17 +18,14 @@ from assay.bench.evidence import FAILS, HOLDS, Bench
 from assay.nn import (
     MEOLinear,
     MoELinear,
-    NoEffectWarning,
     TokenAttention,
-    convert_ffn_to_meo,
     noisy_top_k_gating,
     swap,
 )
 from assay.nn import _experts as experts_file
 from assay.nn._contract import Example
-from assay.nn.meo import meo
+from assay.nn.meo import layers
 from assay.nn.meo.claim import claim, figure
-from assay.nn.meo.meo import apply
 
 TASK = torch.linspace(-1, 1, 15, dtype=torch.float64).view(3, 5)
 
@@ -285,7 +281,7 @@ def test_parts_of_a_large_batch_give_what_the_whole_gives(kind, monkeypatch):
     layer = disturbed(kind(6, 3, 5, noisy_gating=False))
     copied, results = copy.deepcopy(layer), []
     for each, merged in ((layer, 10**6), (copied, 2 * 18)):
-        monkeypatch.setattr(meo, "_MERGED", merged)
+        monkeypatch.setattr(layers, "_MERGED", merged)
         x = normal(5, 7, 6).requires_grad_()
         y = each(x)
         results.append([y, *torch.autograd.grad(y.sin().sum(), [x, *each.parameters()])])
@@ -311,52 +307,6 @@ def test_merged_experts_cost_about_as_much_as_one():
     assert eight <= 1.1 * single
     assert 7.5 <= flops(MoELinear(32, 48, 32, k=8)) / single <= 8.5
     assert flops(MoELinear(32, 48, 32, k=8, level="token")) >= 7.5 * single
-
-
-def test_a_trained_model_computes_nearly_the_same_after_conversion():
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), 2).eval()
-    x = torch.randn(3, 5, 16)
-    before, attention = encoder(x), encoder.layers[0].self_attn.out_proj
-    exact = convert_ffn_to_meo(copy.deepcopy(encoder), 4, noise=0.0)
-    torch.testing.assert_close(exact(x), before, rtol=1e-4, atol=1e-5)
-    converted = convert_ffn_to_meo(encoder, 4, 3, level="token", reduce_factor=4)
-    assert 1e-6 < (converted(x) - before).abs().max() < 0.3
-    assert [type(layer.linear2) for layer in converted.layers] == [MEOLinear, MEOLinear]
-    assert encoder.layers[0].self_attn.out_proj is attention and not converted.layers[0].linear1.training
-    with pytest.warns(NoEffectWarning):
-        convert_ffn_to_meo(nn.Sequential(nn.Linear(3, 3)), 4)
-    with pytest.raises(ValueError, match="level = 'task' is out of range"):
-        convert_ffn_to_meo(encoder, 4, level="task")
-
-
-class Conv1D(nn.Module):
-    """The layer of GPT-2 in transformers: a linear layer with the weight as (in, out)."""
-
-    def __init__(self, nf: int, nx: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
-def test_the_feed_forward_layers_of_bert_and_gpt2_are_found_by_name():
-    def parts(**children: nn.Module) -> nn.Module:
-        return nn.ModuleDict(children)
-
-    gpt = parts(attn=parts(c_proj=Conv1D(6, 6)), mlp=parts(c_fc=Conv1D(12, 6), c_proj=Conv1D(6, 12)))
-    bert = parts(
-        attention=parts(output=parts(dense=nn.Linear(6, 6))),
-        intermediate=parts(dense=nn.Linear(6, 12)),
-        output=parts(dense=nn.Linear(12, 6, bias=False)),
-    )
-    x, dense = torch.randn(2, 3, 6), gpt["mlp"]["c_fc"]
-    for model, found in ((gpt, 2), (bert, 2)):
-        model = nn.ModuleDict({"layer": convert_ffn_to_meo(nn.ModuleDict({"0": model}), 4, noise=0.0)})
-        assert sum(isinstance(module, MEOLinear) for module in model.modules()) == found
-    torch.testing.assert_close(gpt["mlp"]["c_fc"].eval()(x), dense(x))
-    assert type(gpt["attn"]["c_proj"]) is Conv1D and type(bert["attention"]["output"]["dense"]) is nn.Linear
-    assert bert["output"]["dense"].bias is None
 
 
 def test_a_model_trains_with_swapped_layers_and_can_be_copied_then():
@@ -397,27 +347,6 @@ def test_wrong_arguments_are_refused():
         layer(torch.ones(2, 3, 6), torch.ones(2, 3, 6))
     with pytest.raises(ValueError, match=r"mask of shape \(2,\)"):
         layer(torch.ones(2, 3, 6), mask=torch.ones(2))
-
-
-def test_in_the_bench_the_balance_loss_is_added():
-    from assay.bench.arms import DEFAULT_RECIPE
-    from assay.bench.tasks import resolve_task
-
-    run = SimpleNamespace(task=resolve_task("digits(model='vit')"))
-    plain, recipe = DEFAULT_RECIPE, apply(DEFAULT_RECIPE, num_experts=4, level="token", coefficient=0.5)
-    run.model = recipe.model(run)
-    layers = [module for module in run.model.modules() if isinstance(module, MEOLinear)]
-    assert len(layers) == 4 and not torch.allclose(layers[0].weight[0], layers[0].weight[1], atol=0.05)
-    x, y = zip(*(run.task.train[i] for i in range(8)), strict=True)
-    batch, found = SimpleNamespace(input=torch.stack(x), target=torch.stack(y)), []
-    for each in (plain, recipe):
-        torch.manual_seed(0)
-        found.append(each.objective(run)(run.model, batch))
-    torch.testing.assert_close(found[1] - found[0], 0.5 * sum(layer.aux_loss for layer in layers))
-    with pytest.raises(ValueError, match="bytes that are to be predicted"):
-        recipe.model(SimpleNamespace(task=resolve_task("text")))
-    with pytest.raises(ValueError, match="coefficient = -1 is out of range"):
-        apply(DEFAULT_RECIPE, coefficient=-1)
 
 
 def test_the_claim_does_not_hold_for_mixed_outputs():
