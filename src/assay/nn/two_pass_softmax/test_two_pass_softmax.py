@@ -69,17 +69,18 @@ def test_is_softmax_to_the_last_bits(make, n):
     assert worst(two_pass(x), x) <= 5e-7
 
 
-def test_a_long_row_sums_to_one_where_torchs_does_not():
+def test_a_long_row_sums_to_one():
     x = 3 * torch.randn(2**22)
     y = two_pass_softmax(x)
     assert abs(y.double().sum().item() - 1) <= 1e-7
-    torch.testing.assert_close(y, two_pass(x), rtol=0, atol=0)
     assert worst(y, x) <= 5e-7
 
 
 def test_the_backend_auto_leaves_short_rows_and_float64_to_torch():
     for x in (3 * torch.randn(2, LONG - 1), torch.randn(1, LONG, dtype=torch.float64)):
         torch.testing.assert_close(two_pass_softmax(x), x.softmax(-1), rtol=0, atol=0)
+    x = torch.randn(LONG)
+    torch.testing.assert_close(two_pass_softmax(x), two_pass(x), rtol=0, atol=0)
 
 
 @given(st.floats(-1e7, 1e7, width=32))
@@ -146,8 +147,8 @@ class Maxima(TorchDispatchMode):
 
 
 def test_takes_the_maximum_of_exponents_alone():
-    x = 2e4 * torch.rand(10_000) - 1e4
-    for function, found in ((two_pass, False), (three_pass_softmax, True)):
+    x = 2e4 * torch.rand(1000) - 1e4
+    for function, found in ((partial(two_pass, chunk_size=100), False), (three_pass_softmax, True)):
         with Maxima(x) as maxima:
             y = function(x)
         assert maxima.found and any(maxima.found) is found
