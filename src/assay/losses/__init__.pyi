@@ -36,6 +36,7 @@ from assay.losses.utility_probability.utility_probability import fit_temperature
 from assay.losses.utility_probability.utility_probability import revealed_preference_loss as revealed_preference_loss
 from assay.losses.utility_probability.utility_probability import sequence_utility as sequence_utility
 from assay.losses.utility_probability.utility_probability import utility_to_probability as utility_to_probability
+from assay.nn.meo.meo import load_balance as load_balance
 from assay.nn.stablemax.stablemax import stablemax_cross_entropy as stablemax_cross_entropy
 from assay.optim.meco.meco import meco_loss as meco_loss
 from assay.optim.meco.meco import nce_loss as nce_loss

@@ -1,10 +1,19 @@
 # Made from the cards by 'make generate'.
+from assay.nn._scan import linear_scan as linear_scan
+from assay.nn._scan import selective_scan as selective_scan
 from assay.nn.batch_group_norm.batch_group_norm import batch_group_norm as batch_group_norm
 from assay.nn.nalaformer.nalaformer import attention_entropy as attention_entropy
 from assay.nn.nalaformer.nalaformer import key_feature_map as key_feature_map
 from assay.nn.nalaformer.nalaformer import norm_aware_feature_map as norm_aware_feature_map
 from assay.nn.nalaformer.nalaformer import norm_aware_linear_attention as norm_aware_linear_attention
+from assay.nn.region_norm.region_norm import region_norm as region_norm
 from assay.nn.stablemax.stablemax import log_stablemax as log_stablemax
 from assay.nn.stablemax.stablemax import stablemax as stablemax
 from assay.nn.tract.tract import precondition_first_layer_grad_ as precondition_first_layer_grad_
 from assay.nn.tract.tract import tract_linear as tract_linear
+from assay.nn.two_pass_softmax.two_pass_softmax import extexp as extexp
+from assay.nn.two_pass_softmax.two_pass_softmax import extexp_logsumexp as extexp_logsumexp
+from assay.nn.two_pass_softmax.two_pass_softmax import extexp_sum as extexp_sum
+from assay.nn.two_pass_softmax.two_pass_softmax import softmax_backend_report as softmax_backend_report
+from assay.nn.two_pass_softmax.two_pass_softmax import three_pass_softmax as three_pass_softmax
+from assay.nn.two_pass_softmax.two_pass_softmax import two_pass_softmax as two_pass_softmax

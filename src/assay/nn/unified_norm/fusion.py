@@ -44,8 +44,8 @@ def fuse_unified_norm(
     """A model for inference without its unified normalizations: they are folded into the layers that read them.
 
     ``Linear(W, b)`` behind scale s and shift t becomes ``Linear(W diag(s), b + W t)``, and so do the projections of
-    ``torch.nn.MultiheadAttention`` and convolutions of size 1. Where anything else reads the output too, as a residual
-    path does in a post-norm transformer, a precomputed scale and shift is left.
+    ``torch.nn.MultiheadAttention``. Where anything else reads the output too, as a residual path does in a post-norm
+    transformer, a precomputed scale and shift is left.
 
     The readers are found by tracing (``torch.fx``) the model or, where that fails, those of its parts that can be
     traced; torch's own transformer layers with ``norm_first`` are known.

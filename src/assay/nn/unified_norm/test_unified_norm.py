@@ -11,8 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay._processes import run_on_two
+from assay.bench.claims import recorded
+from assay.bench.evidence import FAILS, HOLDS, Bench
+from assay.catalogue import find
 from assay.nn import UnifiedNorm, convert_layernorm_, fuse_unified_norm
 from assay.nn._contract import Example
+from assay.nn.unified_norm.claim import STRESSED, UNIFIED, WARMUP, claim, figure, unified
 
 BY_DESIGN = {"gradient": False, "second_gradient": False}
 EXAMPLES = [
@@ -311,3 +315,26 @@ def test_arguments_out_of_range_are_named():
             UnifiedNorm(**{"num_features": 6, name: value})
     with pytest.raises(ValueError, match="training of '0' = True is out of range"):
         fuse_unified_norm(nn.Sequential(UnifiedNorm(4), nn.Linear(4, 2)))
+
+
+class Broken(UnifiedNorm):
+    """It takes an outlier for what it has seen all along, and its shift is lost when it is folded."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features, warmup_steps=WARMUP, outlier_filtration=False)
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        scale, shift = super().folded()
+        return scale, torch.zeros_like(shift)
+
+
+def test_the_claim_does_not_hold_without_the_filter_and_with_half_a_folding():
+    for method, expected in ((unified, HOLDS), (Broken, FAILS)):
+        evidence = claim(Bench(), method=method, arms=(UNIFIED, STRESSED), epochs=5, seeds=1)
+        found = {check.name.split()[0]: check.verdict for check in evidence.checks}
+        assert (found["fewest"], found["largest"]) == (expected, expected)
+
+
+def test_the_claim_is_drawn():
+    evidence, _ = recorded(find("unified-norm"))
+    assert figure(evidence) is not None
