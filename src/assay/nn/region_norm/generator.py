@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -45,33 +47,36 @@ class InpaintingGenerator(nn.Module):
         threshold: float = 0.8,
         *,
         mask_channel: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         for name, value, least in (("channels", channels, 1), ("width", width, 1), ("blocks", blocks, 0)):
             in_range(name, value, value >= least, f">= {least}")
         self.mask_channel = mask_channel
         wide = 4 * width
         self.encoder = nn.ModuleList(
             [
-                nn.Conv2d(channels + mask_channel, width, 7, padding=3, padding_mode="reflect"),
-                RegionNormB(width),
-                nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
-                RegionNormB(2 * width),
-                nn.Conv2d(2 * width, wide, 4, stride=2, padding=1),
-                RegionNormB(wide),
+                nn.Conv2d(channels + mask_channel, width, 7, padding=3, padding_mode="reflect", **factory),
+                RegionNormB(width, **factory),
+                nn.Conv2d(width, 2 * width, 4, stride=2, padding=1, **factory),
+                RegionNormB(2 * width, **factory),
+                nn.Conv2d(2 * width, wide, 4, stride=2, padding=1, **factory),
+                RegionNormB(wide, **factory),
             ]
         )
-        self.middle = nn.Sequential(*(_Block(wide, threshold) for _ in range(blocks)))
+        self.middle = nn.Sequential(*(_Block(wide, threshold, factory) for _ in range(blocks)))
         self.decoder = nn.Sequential(
-            nn.Conv2d(wide, 2 * wide, 3, padding=1),
-            nn.PixelShuffle(2),
-            RegionNormL(2 * width, threshold),
+            nn.Conv2d(wide, 2 * wide, 3, padding=1, **factory),
+            _Shuffle(),
+            RegionNormL(2 * width, threshold, **factory),
             nn.ReLU(),
-            nn.Conv2d(2 * width, wide, 3, padding=1),
-            nn.PixelShuffle(2),
-            RegionNormL(width, threshold),
+            nn.Conv2d(2 * width, wide, 3, padding=1, **factory),
+            _Shuffle(),
+            RegionNormL(width, threshold, **factory),
             nn.ReLU(),
-            nn.Conv2d(width, channels, 7, padding=3, padding_mode="reflect"),
+            nn.Conv2d(width, channels, 7, padding=3, padding_mode="reflect", **factory),
         )
 
     def forward(self, images: Tensor, masks: Tensor) -> Tensor:
@@ -84,19 +89,27 @@ class InpaintingGenerator(nn.Module):
         return (self.decoder(self.middle(x)).tanh() + 1) / 2
 
 
+class _Shuffle(nn.Module):
+    """``torch.nn.PixelShuffle(2)``, which fails in the backward pass of a batch without examples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+
+
 class _Block(nn.Module):
     """A residual block whose first convolution is dilated; both are spectrally normalized."""
 
-    def __init__(self, width: int, threshold: float) -> None:
+    def __init__(self, width: int, threshold: float, factory: dict[str, Any]) -> None:
         super().__init__()
-        first = nn.Conv2d(width, width, 3, padding=2, dilation=2, bias=False, padding_mode="reflect")
-        second = nn.Conv2d(width, width, 3, padding=1, bias=False, padding_mode="reflect")
+        options: dict[str, Any] = {"bias": False, "padding_mode": "reflect", **factory}
+        first = nn.Conv2d(width, width, 3, padding=2, dilation=2, **options)
+        second = nn.Conv2d(width, width, 3, padding=1, **options)
         self.body = nn.Sequential(
             spectral_norm(first),
-            RegionNormL(width, threshold),
+            RegionNormL(width, threshold, **factory),
             nn.ReLU(),
             spectral_norm(second),
-            RegionNormL(width, threshold),
+            RegionNormL(width, threshold, **factory),
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -30,6 +30,14 @@ EXAMPLES = [
     Example(partial(RegionNormB, 2), (3, 2, 3, 3), forward=with_hole, apart=False),
     Example(partial(RegionNormB, 2, statistics="instance", mask_beta=False), (2, 2, 3, 3), forward=with_hole),
     Example(partial(RegionNormL, 2, threshold=0.5, kernel_size=3, statistics="instance"), (2, 2, 3, 3), gradient=False),
+    Example(
+        partial(InpaintingGenerator, 1, width=2, blocks=0, threshold=0.4),
+        (3, 1, 12, 12),
+        forward=with_hole,
+        gradient=False,
+        apart=False,
+        bfloat16=0.2,
+    ),
 ]
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
 STATISTICS = pytest.mark.parametrize("statistics", ["batch", "instance"])
@@ -168,6 +176,8 @@ def test_the_generator_is_wired_as_in_the_paper():
     model = InpaintingGenerator(width=8, blocks=2)
     assert [type(m).__name__ for m in model.encoder] == ["Conv2d", "RegionNormB"] * 3
     assert sum(isinstance(m, RegionNormL) for m in model.modules()) == 2 * 2 + 2
+    mixed = torch.randn(2, 8, 3, 5)
+    assert torch.equal(model.decoder[1](mixed), F.pixel_shuffle(mixed, 2))
     images, masks = torch.rand(2, 3, 16, 20), torch.zeros(2, 1, 16, 20)
     masks[..., 4:9] = 1
     filled = model(images, masks)
