@@ -20,6 +20,14 @@ class SSMState(NamedTuple):
     ssm: Tensor
 
 
+@torch.no_grad()
+def first_step_sizes_(bias: Tensor, dt_min: float = 1e-3, dt_max: float = 0.1, floor: float = 1e-4) -> None:
+    """Overwrite ``bias`` so that its softplus is even in the logarithm between ``dt_min`` and ``dt_max``."""
+    spread = math.log(dt_max) - math.log(dt_min)
+    dt = torch.exp(torch.rand_like(bias) * spread + math.log(dt_min)).clamp(min=floor)
+    bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
 class SelectiveSSM(nn.Module):
     """Mix the tokens of a sequence by a selective state space model (Mamba's block), in time linear in the length::
 
@@ -128,9 +136,7 @@ class SelectiveSSM(nn.Module):
                 nn.init.uniform_(project.weight, -bound, bound)
             else:
                 nn.init.constant_(project.weight, bound)
-            spread = math.log(self.dt_max) - math.log(self.dt_min)
-            dt = torch.exp(torch.rand_like(project.bias) * spread + math.log(self.dt_min)).clamp(min=self.dt_init_floor)
-            project.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+            first_step_sizes_(project.bias, self.dt_min, self.dt_max, self.dt_init_floor)
             log = getattr(self, f"A{end}_log")
             log.copy_(torch.arange(1, self.d_state + 1, dtype=torch.float64, device=log.device).log().expand_as(log))
             nn.init.ones_(getattr(self, f"D{end}"))
@@ -153,6 +159,7 @@ class SelectiveSSM(nn.Module):
         if state is not None or return_state:
             streams = not self.bidirectional and self.causal_conv and self.reorder is None
             in_range("state", state, streams, "only with causal_conv, without bidirectional and reorder")
+        in_range("mask", mask, mask is None or self.reorder is None, "only without reorder")
         x = self.in_proj(input).transpose(1, 2)
         gate = None
         if self.gate:
@@ -198,6 +205,8 @@ class SelectiveSSM(nn.Module):
         options: dict[str, Any] = {"initial_state": initial, "chunk_size": self.chunk_size}
         found = selective_scan(x, delta, A, B, C, D, gate, return_last_state=return_state, **options)
         if not isinstance(found, tuple):
+            if order is not None and getattr(self.reorder, "restore", False):
+                found = found @ order
             return found, None
         # As in mamba_ssm it holds d_conv inputs, of which the next step needs all but the first.
         buffer = F.pad(window, (1, 0))[..., -self.d_conv :]
