@@ -276,9 +276,9 @@ class GraphLayer(EvoLayer):
 
 def _moment(moment: str, a: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Mean, mean of squares or biased variance."""
-    if moment == "mean":
-        return a.mean(dims, keepdim=True)
-    return a.square().mean(dims, keepdim=True) if moment == "rms" else a.var(dims, correction=0, keepdim=True)
+    if moment == "std":
+        a = a - a.mean(dims, keepdim=True)
+    return (a if moment == "mean" else a.square()).mean(dims, keepdim=True)
 
 
 def pick(items: Sequence[Any], rng: Random) -> Any:

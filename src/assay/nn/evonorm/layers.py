@@ -14,8 +14,12 @@ from assay._checks import in_range
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Biased variance and mean of every map, over all dimensions after C: two tensors (B, C)."""
+    if x.dim() == 2:
+        return torch.zeros_like(x), x
     space = tuple(range(2, x.dim()))
-    return torch.var_mean(x, space, correction=0) if space else (torch.zeros_like(x), x)
+    mean = x.mean(space, keepdim=True)
+    # Outside of a compiled graph torch.var_mean takes nine times as long on a CPU.
+    return (x - mean).square().mean(space), mean.flatten(1)
 
 
 def pooled_variance(var: Tensor, mean: Tensor, dim: int) -> Tensor:
@@ -91,7 +95,9 @@ class _Batch(EvoLayer):
         if self.nonlinear:
             var, mean = moments(x)
             std = (self._batch_variance(x, var, mean) + self.eps).sqrt()
-            x = x / torch.maximum(like_map(std, x), self._rival(x, var, mean))
+            std, rival = like_map(std, x), self._rival(x, var, mean)
+            # The larger of both, whose backward pass is several times as fast as that of torch.maximum.
+            x = x / (std + F.relu(rival - std))
         return self._affine(x).to(input.dtype)
 
     def _batch_variance(self, x: Tensor, var: Tensor, mean: Tensor) -> Tensor:

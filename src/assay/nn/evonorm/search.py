@@ -107,12 +107,12 @@ def stability_reject(
 
     On one batch, with w the weights of the anchor::
 
-        w <- w + lr dG/dw,   G = |dloss/dw|        rejected as soon as G > bound or is not finite
+        w <- w + lr u / |u|,   u = dG/dw,   G = |dloss/dw|        rejected as soon as G > bound or is not finite
 
     Args:
         layer, anchors: as in :func:`quality_reject`.
         steps: >= 1, of the ascent.
-        lr: > 0.
+        lr: > 0, the length of a step.
         bound: > 0.
         seed: of the networks' weights.
 
@@ -149,8 +149,9 @@ def _explodes(layer: Layer, anchor: Anchor, steps: int, lr: float, bound: float,
         if not norm.isfinite() or norm > bound:
             return True
         upwards = torch.autograd.grad(norm, parameters, materialize_grads=True)
+        length = torch.stack([u.square().sum() for u in upwards]).sum().sqrt()
         with torch.no_grad():
-            torch._foreach_add_(parameters, upwards, alpha=lr)
+            torch._foreach_add_(parameters, [lr * u / length.clamp_min(1e-30) for u in upwards])
     return False
 
 
