@@ -357,4 +357,4 @@ def evonorm(name: str, num_features: int, **kw: Any) -> nn.Module:
     EvoNormS0(64, nonlinear=True, eps=1e-05, groups=4)
     """
     in_range("name", name, name in LAYERS, " or ".join(LAYERS))
-    return LAYERS[name](num_features, **kw)  # type: ignore[arg-type]
+    return LAYERS[name](num_features, **kw)

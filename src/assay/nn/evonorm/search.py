@@ -151,7 +151,8 @@ def _explodes(layer: Layer, anchor: Anchor, steps: int, lr: float, bound: float,
         upwards = torch.autograd.grad(norm, parameters, materialize_grads=True)
         length = torch.stack([u.square().sum() for u in upwards]).sum().sqrt()
         with torch.no_grad():
-            torch._foreach_add_(parameters, [lr * u / length.clamp_min(1e-30) for u in upwards])
+            for parameter, upward in zip(parameters, upwards, strict=True):
+                parameter.add_(lr * upward / length.clamp_min(1e-30))
     return False
 
 
@@ -178,6 +179,7 @@ def search(
     *,
     reject: Callable[[LayerGraph], Any] | None = None,
     fresh: float = 0.1,
+    start: int | None = None,
     nodes: int = 10,
     batch: bool = True,
 ) -> list[Candidate]:
@@ -198,6 +200,8 @@ def search(
         rng: a ``numpy.random.Generator`` or ``random.Random``; None for one that is seeded by the system.
         reject: for instance by :func:`quality_reject` and :func:`stability_reject`; None to reject nothing.
         fresh: probability of a new random graph instead of a mutation, in [0, 1].
+        start: how many random graphs that are not rejected the population begins with, in 1 to ``population``; None for
+            all of it. Few where nearly all are rejected.
         nodes, batch: of :func:`random_graph`.
 
     Returns:
@@ -222,6 +226,8 @@ def search(
     in_range("winner", winner, winner in ("pareto", "average"), "pareto or average")
     in_range("budget", budget, budget >= 1, ">= 1")
     in_range("fresh", fresh, 0 <= fresh <= 1, "[0, 1]")
+    start = population if start is None else start
+    in_range("start", start, 1 <= start <= population, f"1 to population = {population}")
     if rng is None:
         import random
 
@@ -230,7 +236,7 @@ def search(
     judged: dict[str, tuple[float, ...] | None] = {}
     history: list[Candidate] = []
     while len(judged) < budget and len(history) < 100 * budget:
-        if len(members) < population or rng.random() < fresh:
+        if len(members) < start or rng.random() < fresh:
             graph = random_graph(rng, nodes=nodes, batch=batch)
         else:
             graph = mutate(_winner(members, tournament_frac, winner, rng).graph, rng, batch=batch)
