@@ -192,7 +192,7 @@ def figure(evidence: Evidence) -> Figure:
             values = 100 * evidence.rows.values(arm, metric)
             axes.plot([place] * len(values), values, "o", alpha=0.4)
             axes.plot([place - 0.2, place + 0.2], [values.mean()] * 2, "k-")
-        axes.set_xticks(range(len(arms)), [arm.replace(", ", "\n") for arm in arms])
+        axes.set_xticks(range(len(arms)), [arm.replace(", batch size", "\nbatch") for arm in arms])
         axes.set_xlim(-0.5, max(len(arms), 1) - 0.5)
     left.set_ylabel("test accuracy, %")
     left.set_title("Residual network on digits", fontsize="medium")

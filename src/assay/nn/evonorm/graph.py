@@ -83,7 +83,7 @@ class LayerGraph:
     >>> LayerGraph((("std_wh", (0,)), ("div", (0, 4)))).to_expr()
     '(x / std_wh(x))'
     >>> LayerGraph.from_name("B0").to_expr()
-    '(x / max((std_wh(x) + (v1 * x)), std_bwh(x)))'
+    '(x / max(((v1 * x) + std_wh(x)), std_bwh(x)))'
     >>> LayerGraph.from_name("S0").module(8, groups=2)(torch.randn(2, 8, 4, 4)).shape
     torch.Size([2, 8, 4, 4])
     """
