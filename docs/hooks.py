@@ -13,6 +13,7 @@ from assay.bench import claims
 from assay.catalogue import Card
 
 matplotlib.use("Agg")
+SPEED = {"Optimizers": "optim", "Losses and data": "losses", "Layers": "nn"}
 
 
 def on_config(config: Any) -> Any:
@@ -26,7 +27,7 @@ def on_config(config: Any) -> Any:
         {"Choose one": "compare.md"},
         {"Trust one": "claims.md"},
         {"Beside other libraries": "interoperate.md"},
-        {"Speed": [{"Optimizers": "speed-optim.md"}, {"Losses and data": "speed-losses.md"}]},
+        {"Speed": [{name: f"speed-{page}.md"} for name, page in SPEED.items()]},
         {"Methods": methods},
     ]
     return config

@@ -34,9 +34,12 @@ def claim(
 
     Learning rates are from 0.003, 0.01, 0.03, 0.1, each arm's best on seed 0.
     """
-    rows = bench.rows(functools.partial(measure, method=method, bench=bench), variants, bench.seeds(seeds))
-    checks = [at_most("error, both / tokens alone", rows.ratio(BOTH, TOKENS, "error"), 0.85)]
-    if MLP in variants:
+    rows = bench.rows(functools.partial(reach, method=method), ["reach"], bench.seeds(1))
+    share = rows.values("reach", "share").min()
+    checks = [at_least("share of the variates that the channel mixers bring to each", share, 1.0)]
+    if variants:
+        rows += bench.rows(functools.partial(measure, method=method, bench=bench), variants, bench.seeds(seeds))
+        checks.append(at_most("error, both / tokens alone", rows.ratio(BOTH, TOKENS, "error"), 0.85))
         checks.append(at_most("error, both / channels by an MLP", rows.ratio(BOTH, MLP, "error"), 1.05))
         rows += bench.rows(loop_over_scan, ["speed"], bench.seeds(2))
         checks.append(at_least("time of a loop / scan, smallest", rows.values("speed", "ratio").min(), 8))
@@ -46,6 +49,17 @@ def claim(
         for variant in variants
     ]
     return Evidence(rows, checks, notes)
+
+
+def reach(variant: str, seed: int, *, method: Make) -> dict[str, float]:
+    """Of all pairs of variates, those where one has a say in what the channel mixers make of the other, untrained."""
+    torch.manual_seed(seed)
+    model, x = network(BOTH, method), torch.randn(1, VARIATES, LOOKBACK, requires_grad=True)
+    moved = []
+    for block in model.mixer.blocks:
+        for y in block.channel_mixer(x)[0].sum(1):
+            moved.append(torch.autograd.grad(y, x, retain_graph=True)[0].abs().amax((0, 2)) > 0)
+    return {"share": torch.stack(moved).double().mean().item()}
 
 
 def series(seed: int) -> Tensor:
@@ -94,7 +108,7 @@ def measure(variant: str, seed: int, *, method: Make, bench: Bench, rate: float 
     return {"error": (F.mse_loss(found, wanted) / wanted.var()).item(), "parameters": parameters}
 
 
-def network(variant: str, method: Make) -> nn.Module:
+def network(variant: str, method: Make) -> Any:
     """The method as it is, or TSM2 without a channel mixer or with an MLP for it, as many parameters added back."""
     if variant == BOTH:
         return method(LOOKBACK, HORIZON, VARIATES, expand=1, **SIZES)

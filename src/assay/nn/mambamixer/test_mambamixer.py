@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.bench.evidence import FAILS, Bench
+from assay.bench.claims import recorded
+from assay.bench.evidence import FAILS, HOLDS, Bench
+from assay.catalogue import find
 from assay.nn import TSM2, EarlyFeatureAverage, MambaMixer, MambaMixerBlock, ViM2
 from assay.nn._contract import Example
 from assay.nn.functional import selective_scan
-from assay.nn.mambamixer.claim import BOTH, TOKENS, claim, figure
+from assay.nn.mambamixer.claim import claim, figure
 from assay.nn.mambamixer.mambamixer import CrossScan
 
 TINY = {"d_state": 1, "d_conv": 1, "expand": 1}
@@ -149,10 +151,19 @@ class MixesNoChannels(TSM2):
             block.channel_mixer = nn.Identity()
 
 
-def test_the_claim_does_not_hold_for_a_variant_without_channel_mixing():
-    bench, fewer = Bench(quick=True), {"variants": (BOTH, TOKENS)}
-    broken = claim(bench, method=MixesNoChannels, **fewer)
-    assert broken.verdict == FAILS
-    real = claim(bench, **fewer)
-    assert real.verdict != FAILS
-    assert figure(real) is not None
+class MixesOneWay(TSM2):
+    """Another: its channels are mixed from the first to the last alone."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, channel_bidirectional=False, **options)
+
+
+def test_the_claim_does_not_hold_where_not_every_variate_reaches_every_other():
+    for method, verdict, share in ((TSM2, HOLDS, 1), (MixesNoChannels, FAILS, 1 / 12), (MixesOneWay, FAILS, 6.5 / 12)):
+        check = claim(Bench(), method=method, variants=()).checks[0]
+        assert check.verdict == verdict and check.observed == pytest.approx(share)
+
+
+def test_the_claim_is_drawn():
+    evidence, _ = recorded(find("mambamixer"))
+    assert figure(evidence) is not None
