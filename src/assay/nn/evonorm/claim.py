@@ -183,17 +183,13 @@ def figure(evidence: Evidence) -> Figure:
     """Accuracy of the layers that are compared, and of the best graphs found, over seeds."""
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(8, 3.5), layout="constrained")
+    from assay.bench.figures import by_variant
+
+    drawing = Figure(figsize=(10, 3.5), layout="constrained")
     left, right = drawing.subplots(1, 2, width_ratios=(3, 1))
     measured = list(dict.fromkeys(row["variant"] for row in evidence.rows))
     for axes, metric in ((left, "accuracy"), (right, "best")):
-        arms = [arm for arm in measured if any(metric in row for row in evidence.rows if row["variant"] == arm)]
-        for place, arm in enumerate(arms):
-            values = 100 * evidence.rows.values(arm, metric)
-            axes.plot([place] * len(values), values, "o", alpha=0.4)
-            axes.plot([place - 0.2, place + 0.2], [values.mean()] * 2, "k-")
-        axes.set_xticks(range(len(arms)), [arm.replace(", batch size", "\nbatch") for arm in arms])
-        axes.set_xlim(-0.5, max(len(arms), 1) - 0.5)
+        by_variant(axes, evidence.rows, measured, metric, scale=100)
     left.set_ylabel("test accuracy, %")
     left.set_title("Residual network on digits", fontsize="medium")
     right.set_title("Best graph found", fontsize="medium")

@@ -84,7 +84,16 @@ class _Batch(EvoLayer):
     _least_dim: ClassVar = 3
     running_var: Tensor
 
-    def __init__(self, num_features: int, nonlinear: bool, momentum: float, eps: float, factory: dict[str, Any]):
+    def __init__(
+        self,
+        num_features: int,
+        nonlinear: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(num_features, nonlinear, eps, factory)
         in_range("momentum", momentum, momentum is not None and 0 <= momentum <= 1, "[0, 1]")
         self.momentum = momentum
@@ -162,9 +171,9 @@ class EvoNormB0(_Batch):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(num_features, nonlinear, momentum, eps, factory)
-        self.register_parameter("v", nn.Parameter(torch.ones(num_features, **factory)) if nonlinear else None)
+        super().__init__(num_features, nonlinear, momentum, eps, device, dtype)
+        v = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype)) if nonlinear else None
+        self.register_parameter("v", v)
 
     def _rival(self, x: Tensor, var: Tensor, mean: Tensor) -> Tensor:
         assert self.v is not None
@@ -182,17 +191,6 @@ class EvoNormB1(_Batch):
     torch.Size([2, 16, 8, 8])
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        nonlinear: bool = True,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(num_features, nonlinear, momentum, eps, {"device": device, "dtype": dtype})
-
     def _rival(self, x: Tensor, var: Tensor, mean: Tensor) -> Tensor:
         rms = self._rms(var, mean, x)
         return torch.addcmul(rms, x, rms)
@@ -206,17 +204,6 @@ class EvoNormB2(_Batch):
     >>> EvoNormB2(16)(torch.randn(2, 16, 8, 8)).shape
     torch.Size([2, 16, 8, 8])
     """
-
-    def __init__(
-        self,
-        num_features: int,
-        nonlinear: bool = True,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(num_features, nonlinear, momentum, eps, {"device": device, "dtype": dtype})
 
     def _rival(self, x: Tensor, var: Tensor, mean: Tensor) -> Tensor:
         return self._rms(var, mean, x) - x

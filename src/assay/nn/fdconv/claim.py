@@ -170,16 +170,14 @@ def figure(evidence: Evidence) -> Figure:
     import numpy as np
     from matplotlib.figure import Figure
 
+    from assay.bench.figures import by_variant
+
     arms = list(dict.fromkeys(row["variant"] for row in evidence.rows))
     drawing = Figure(figsize=(8, 4), layout="constrained")
     left, right = drawing.subfigures(1, 2, width_ratios=(1, 1.4))
     axes = left.subplots()
-    for place, arm in enumerate(arms):
-        values = 100 * evidence.rows.values(arm, "mIoU")
-        axes.plot(np.full(len(values), place), values, "o", alpha=0.6)
-        axes.plot([place - 0.2, place + 0.2], [values.mean()] * 2, "k-")
-    axes.set_xticks(range(len(arms)), [arm.replace(" without", ",\nwithout") for arm in arms], fontsize="small")
-    axes.set_xlim(-0.5, len(arms) - 0.5)
+    by_variant(axes, evidence.rows, arms, "mIoU", scale=100)
+    axes.tick_params("x", labelsize="small", rotation=20)
     axes.set_ylabel("mIoU, %")
     axes.set_title("Texture of each pixel, seeds and mean", fontsize="medium")
     shown = [(arm, evidence.rows[arms.index(arm)]["responses"]) for arm in arms if arm in (DY, FD)]

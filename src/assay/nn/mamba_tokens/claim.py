@@ -164,14 +164,11 @@ def figure(evidence: Evidence) -> Figure:
     """Bits per byte under each spectrum, one point per seed."""
     from matplotlib.figure import Figure
 
+    from assay.bench.figures import by_variant
+
     drawing = Figure(figsize=(5, 3), layout="constrained")
     axes = drawing.subplots()
-    for i, variant in enumerate(SPECTRA):
-        bits = evidence.rows.values(variant, "bits")
-        axes.plot([i] * len(bits), bits, "o", color=f"C{i}")
-        axes.hlines(bits.mean(), i - 0.2, i + 0.2, color=f"C{i}")
-    axes.set_xticks(range(len(SPECTRA)), SPECTRA)
-    axes.set_xlim(-0.5, len(SPECTRA) - 0.5)
+    by_variant(axes, evidence.rows, SPECTRA, "bits")
     axes.set_ylabel("bits per byte")
     axes.set_xlabel("eigenvalues of $S_C^T S_B$")
     axes.set_title("A language model of two layers on Python source", fontsize="medium")

@@ -166,15 +166,11 @@ def figure(evidence: Evidence) -> Figure:
     """Error of each way to mix the variates, one point per seed."""
     from matplotlib.figure import Figure
 
+    from assay.bench.figures import by_variant
+
     drawing = Figure(figsize=(5.5, 3), layout="constrained")
     axes = drawing.subplots()
-    shown = [v for v in BEST if any(row["variant"] == v for row in evidence.rows)]
-    for i, variant in enumerate(shown):
-        errors = evidence.rows.values(variant, "error")
-        axes.plot([i] * len(errors), errors, "o", color=f"C{i}")
-        axes.hlines(errors.mean(), i - 0.2, i + 0.2, color=f"C{i}")
-    axes.set_xticks(range(len(shown)), shown)
-    axes.set_xlim(-0.5, len(shown) - 0.5)
+    by_variant(axes, evidence.rows, list(BEST), "error")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("squared error / variance")
     axes.set_title("Forecasts of followers among distractors", fontsize="medium")

@@ -113,14 +113,11 @@ def figure(evidence: Evidence) -> Figure:
     """Held-out bits a byte of every arm, over seeds."""
     from matplotlib.figure import Figure
 
+    from assay.bench.figures import by_variant
+
     drawing = Figure(figsize=(6, 3.5), layout="constrained")
     axes = drawing.subplots()
-    arms = [arm for arm in RATES if any(row["variant"] == arm for row in evidence.rows)]
-    for place, arm in enumerate(arms):
-        values = evidence.rows.values(arm, "bits")
-        axes.plot([place] * len(values), values, "o", alpha=0.4)
-        axes.plot([place - 0.2, place + 0.2], [values.mean()] * 2, "k-")
-    axes.set_xticks(range(len(arms)), arms)
+    by_variant(axes, evidence.rows, list(RATES), "bits")
     axes.set_ylabel("bits a byte of text not trained on")
     axes.set_title(f"Two-layer transformer after {STEPS} steps", fontsize="medium")
     return drawing

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -144,13 +143,10 @@ def figure(evidence: Evidence) -> Figure:
     """Test accuracy of every arm, over seeds."""
     from matplotlib.figure import Figure
 
+    from assay.bench.figures import by_variant
+
     drawing = Figure(figsize=(6, 3.5), layout="constrained")
     axes = drawing.subplots()
-    arms = list(dict.fromkeys(row["variant"] for row in evidence.rows))
-    for place, arm in enumerate(arms):
-        values = 100 * evidence.rows.values(arm, "accuracy")
-        axes.plot([place] * len(values), values, "o", alpha=0.4)
-        axes.plot([place - 0.2, place + 0.2], [np.mean(values)] * 2, "k-")
-    axes.set_xticks(range(len(arms)), [arm.replace(", ", ",\n") for arm in arms])
+    by_variant(axes, evidence.rows, [*RATES, STRESSED], "accuracy", scale=100)
     axes.set_ylabel("test accuracy on digits, %")
     return drawing
