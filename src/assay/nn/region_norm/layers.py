@@ -57,17 +57,45 @@ def region_norm(
     if num_regions is None:
         num_regions = 2 if labels.dtype == torch.bool else int(labels.max()) + 1 if labels.numel() else 1
     in_range("num_regions", num_regions, num_regions >= 1, ">= 1")
-    dims = (0, 2, 3) if statistics == "batch" else (2, 3)
+    return _normalized(x, labels, num_regions, statistics, eps, eps_mode)
+
+
+def _normalized(
+    x: Tensor,
+    labels: Tensor,
+    num_regions: int,
+    statistics: str,
+    eps: float,
+    eps_mode: str,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The normalization, with a scale and a shift (C, regions) if given.
+
+    One product of matrices sums all regions at once, and another spreads what was found over their pixels: the labels
+    become tables (pixels, regions) of zeros and ones, one an example or, with labels by channel, one each.
+    """
     values = x.to(torch.promote_types(x.dtype, torch.float32))
-    out = torch.zeros_like(values)
-    for region in range(num_regions):
-        here = (labels == region).to(values.dtype)
-        count = here.sum(dims, keepdim=True).clamp_min(1)
-        deviation = (values - (values * here).sum(dims, keepdim=True) / count) * here
-        var = deviation.square().sum(dims, keepdim=True) / count
-        least = eps if eps_mode == "plain" else eps * math.prod(x.shape[dim] for dim in dims) / count
-        out = out + deviation * (var + least).rsqrt()
-    return out.to(x.dtype)
+    table = F.one_hot(labels.flatten(0, 1).flatten(1).long(), num_regions).to(values.dtype)
+    rows = values.reshape(table.shape[0], -1, table.shape[1])
+
+    def summed(each: Tensor) -> Tensor:
+        """Over all examples, if they are taken together."""
+        if statistics == "instance":
+            return each
+        return each.view(x.shape[0], -1, num_regions).sum(0, keepdim=True).expand(x.shape[0], -1, -1).reshape_as(each)
+
+    count = summed(table.sum(1, keepdim=True)).clamp_min(1)
+    deviation = torch.baddbmm(rows, summed(rows @ table) / count, table.mT, alpha=-1)
+    var = summed(deviation.square() @ table) / count
+    pixels = math.prod(x.shape[2:]) * (x.shape[0] if statistics == "batch" else 1)
+    least = eps if eps_mode == "plain" else eps * pixels / count
+    scale = (var + least).rsqrt()
+    if weight is None or bias is None:
+        y = deviation * (scale @ table.mT)
+    else:
+        y = torch.addcmul(bias @ table.mT, deviation, (scale * weight) @ table.mT)
+    return y.view(x.shape).to(x.dtype)
 
 
 class RegionNormB(nn.Module):
@@ -127,20 +155,16 @@ class RegionNormB(nn.Module):
             raise ValueError(f"mask of shape {tuple(mask.shape)}: (B, 1, H, W) with B = {x.shape[0]} is wanted")
         same = mask.shape[2:] == x.shape[2:]
         hole = (mask if same else F.interpolate(mask.float(), x.shape[2:])) > 0.5
-        gamma = torch.where(hole, _map(self.foreground_gamma), _map(self.background_gamma))
-        if self.mask_beta:
-            beta = torch.where(hole, _map(self.foreground_beta), _map(self.background_beta))
-        else:
-            beta = _map(self.foreground_beta + self.background_beta)
-        return (region_norm(x, hole, 2, **self.options) * (1 + gamma) + beta).to(x.dtype)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        gamma = torch.stack([self.background_gamma, self.foreground_gamma], 1).to(dtype)
+        beta = torch.stack([self.background_beta, self.foreground_beta], 1).to(dtype)
+        if not self.mask_beta:
+            beta = beta.sum(1, keepdim=True).expand(-1, 2)
+        return _normalized(x, hole, 2, **self.options, weight=1 + gamma, bias=beta)
 
     def extra_repr(self) -> str:
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         return f"{self.num_features}, mask_beta={self.mask_beta}{options}"
-
-
-def _map(values: Tensor) -> Tensor:
-    return values.view(1, -1, 1, 1)
 
 
 def _check_channels(x: Tensor, num_features: int) -> None:
