@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay._checks import in_range
+from assay.nn._grid import grid
 from assay.nn.nalaformer.feature_maps import (
     attention_entropy,
     key_feature_map,
@@ -108,7 +109,7 @@ class NormAwareLinearAttention(nn.Module):
 
     def forward(self, x: Tensor, hw: tuple[int, int] | None = None) -> Tensor:
         if self.on_grid and (self.lepe is not None or self.rope == "2d"):
-            hw = _grid(x.shape[1], hw)
+            hw = grid(x.shape[1], hw)
         q, k, v, *gate = self.qkvg(x).chunk(self.qkvg.out_features // self.dim, -1)
         heads = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         rotary = None
@@ -131,14 +132,6 @@ class NormAwareLinearAttention(nn.Module):
     def extra_repr(self) -> str:
         options = "".join(f", {name}={value}" for name, value in self.options.items())
         return f"{self.dim}, num_heads={self.num_heads}, rope={self.rope!r}, causal={self.causal}{options}"
-
-
-def _grid(tokens: int, hw: tuple[int, int] | None) -> tuple[int, int]:
-    if hw is None:
-        side = math.isqrt(tokens)
-        hw = (side, side)
-    in_range("hw", hw, hw[0] * hw[1] == tokens, f"(H, W) with H W = N = {tokens}")
-    return hw
 
 
 def rotary_angles(
