@@ -106,6 +106,8 @@ class SelectiveSSM(nn.Module):
         in_range("dt_rank", dt_rank, dt_rank == "auto" if isinstance(dt_rank, str) else rank >= 1, '>= 1, or "auto"')
         in_range("dt_min", dt_min, 0 < dt_min <= dt_max, f"0 < dt_min <= dt_max = {dt_max}")
         in_range("dt_init", dt_init, dt_init in ("random", "constant"), "'random' or 'constant'")
+        apart = reorder is None or not bidirectional or getattr(reorder, "restore", False)
+        in_range("bidirectional", bidirectional, apart, "False with a reorder that does not restore")
         in_range("chunk_size", chunk_size, chunk_size is None or chunk_size >= 1, "an integer >= 1, or None")
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner, self.dt_rank = expand * d_model, rank

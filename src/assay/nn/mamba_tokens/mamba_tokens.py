@@ -104,7 +104,7 @@ def simulate(
         if x.abs().max() > blowup or step < 1e-13 * max(t, 1e-3):
             status, ended = "blow-up", t
     if not status:
-        nearer = x.norm() < states[0].norm() and (x * first).sum() <= 0
+        nearer = (x.norm() < states[0].norm() or not x.any()) and (x * first).sum() <= 0
         status = "converged" if nearer else "diverging"
     return TokenTrajectory(torch.tensor(times, dtype=x.dtype), torch.stack(states), status, ended)
 
@@ -145,7 +145,9 @@ def classify(S_B: Tensor, S_C: Tensor, S_delta: Tensor | None = None, x0: Tensor
     """
     product = S_C.double().T @ S_B.double()
     eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
-    if eigenvalues.max() <= 1e-12 * eigenvalues.abs().max():
+    # What rounding in the weights' own precision may have made of 0.
+    least = 10 * torch.finfo(torch.promote_types(S_B.dtype, S_C.dtype)).eps
+    if eigenvalues.max() <= least * eigenvalues.abs().max():
         return "convergence"
     if len(product) > 1 or S_delta is None or x0 is None:
         return "divergence"

@@ -137,6 +137,10 @@ class MambaMixerBlock(nn.Module):
         in_range("num_tokens", num_tokens, num_tokens >= 1, "an integer >= 1")
         in_range("index", index, index >= 1, "an integer >= 1")
         in_range("drop_path", drop_path, 0 <= drop_path < 1, "[0, 1)")
+        own = token_mixer is not None
+        in_range(
+            "token_bidirectional", token_bidirectional, not (own and token_bidirectional), "False with token_mixer"
+        )
         self.num_tokens, self.index, self.drop_path, self.residual = num_tokens, index, drop_path, residual
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         sizes: dict[str, Any] = {"d_state": d_state, "d_conv": d_conv, "expand": expand, **factory}
@@ -298,6 +302,8 @@ class CrossScan(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(4 * inner, **factory))
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1, **factory).log().repeat(4 * inner, 1))
         self.D = nn.Parameter(torch.ones(4 * inner, **factory))
+        for parameter in (self.A_log, self.D):
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
         self.out_norm = nn.LayerNorm(inner, **factory)
         self.out_proj = nn.Linear(inner, d_model, bias=False, **factory)
         nn.init.uniform_(self.x_proj, -(inner**-0.5), inner**-0.5)

@@ -134,6 +134,7 @@ def test_dropped_paths_are_made_up_for_and_only_in_training():
         partial(MambaMixer, d_model=4, num_tokens=3, depth=0),
         partial(TSM2, 4, 1, 2, n_static=-1),
         partial(ViM2, image_size=10),
+        partial(ViM2, 32, token_bidirectional=True),
         partial(EarlyFeatureAverage, 1, 1, init="first"),
     ],
 )
