@@ -29,5 +29,6 @@ from assay.losses.ferkd.ferkd import CropLabelStore as CropLabelStore
 from assay.losses.ferkd.ferkd import random_crops as random_crops
 from assay.losses.ferkd.ferkd import replay_crops as replay_crops
 from assay.losses.ferkd.ferkd import self_mix as self_mix
+from assay.nn.dsf.dsf import mqar as mqar
 from assay.optim.sharpdro.sharpdro import photon_limited as photon_limited
 from assay.optim.sharpdro.sharpdro import poisson_severities as poisson_severities

@@ -2,6 +2,8 @@
 from assay.nn._scan import linear_scan as linear_scan
 from assay.nn._scan import selective_scan as selective_scan
 from assay.nn.batch_group_norm.batch_group_norm import batch_group_norm as batch_group_norm
+from assay.nn.grassmann_class.grassmann_class import grassmann_geodesic_step as grassmann_geodesic_step
+from assay.nn.grassmann_class.grassmann_class import grassmann_rgrad as grassmann_rgrad
 from assay.nn.nalaformer.nalaformer import attention_entropy as attention_entropy
 from assay.nn.nalaformer.nalaformer import key_feature_map as key_feature_map
 from assay.nn.nalaformer.nalaformer import norm_aware_feature_map as norm_aware_feature_map

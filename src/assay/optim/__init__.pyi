@@ -1,4 +1,6 @@
 # Made from the cards by 'make generate'.
+from assay.nn.grassmann_class.grassmann_class import GrassmannSGD as GrassmannSGD
+from assay.nn.grassmann_class.grassmann_class import with_grassmann as with_grassmann
 from assay.optim._sam import SAM as SAM
 from assay.optim.adadagrad.adadagrad import AdaGradNorm as AdaGradNorm
 from assay.optim.adadagrad.adadagrad import AdaptiveBatchSampler as AdaptiveBatchSampler
