@@ -26,10 +26,14 @@ from torch import Tensor, nn
 from assay.bench.models import TokenBatchNorm
 from assay.nn import (
     BatchGroupNorm2d,
+    EvoNormB0,
+    EvoNormS0,
+    FDConv2d,
     LayerNormGRU,
     LayerNormLSTM,
     PowerNorm,
     RegionNormB,
+    SoftmaxFreeAttention,
     TrAct,
     UnifiedNorm,
     fuse_unified_norm,
@@ -70,6 +74,10 @@ def normalizations(compiled: bool) -> Iterator[Case]:
         ("UnifiedNorm", partial(UnifiedNorm, 256, warmup_steps=0), "BatchNorm over tokens", TokenBatchNorm(256),
          (tokens,)),
         ("BatchGroupNorm2d", partial(BatchGroupNorm2d, 64, 16), "BatchNorm2d", nn.BatchNorm2d(64), (images,)),
+        ("EvoNormB0", partial(EvoNormB0, 64), "BatchNorm2d and ReLU", nn.Sequential(nn.BatchNorm2d(64), nn.ReLU()),
+         (images,)),
+        ("EvoNormS0", partial(EvoNormS0, 64), "GroupNorm and SiLU", nn.Sequential(nn.GroupNorm(32, 64), nn.SiLU()),
+         (images,)),
     ]  # fmt: skip
     for name, make, against, reference, inputs in cases:
         yield Case(name, against, passes(reference, *inputs), passes(make(), *inputs))
@@ -110,6 +118,15 @@ def first_layers() -> Iterator[Case]:
         ("TrAct, 16x16 patches of 224x224", nn.Conv2d(3, 192, 16, 16), torch.randn(16, 3, 224, 224)),
     ):
         yield Case(name, "the plain layer", passes(layer, x), passes(TrAct(copy.deepcopy(layer)), x))
+
+
+def convolutions() -> Iterator[Case]:
+    for channels, side, examples in ((24, 32, 8), (64, 56, 4), (128, 16, 16)):
+        x, plain = torch.randn(examples, channels, side, side), nn.Conv2d(channels, channels, 3, padding=1)
+        name = f"FDConv2d, {channels} channels, {side}x{side}, {examples} examples"
+        yield Case(name, "Conv2d", passes(plain, x), passes(FDConv2d.from_conv(plain), x))
+        without = FDConv2d.from_conv(plain, fbm=False)
+        yield Case(f"{name}, without bands", "Conv2d", passes(plain, x), passes(without, x))
 
 
 def scans() -> Iterator[Case]:
@@ -157,6 +174,27 @@ def attentions() -> Iterator[Case]:
             linear = passes(partial(norm_aware_linear_attention, causal=causal), q, k, v)
             name = f"norm_aware_linear_attention, {'causal, ' if causal else ''}{tokens:,} tokens"
             yield Case(name, "scaled_dot_product_attention", softmax, linear)
+        x = torch.randn(1, tokens, 128)
+        soft, plain = softmax_free(tokens), SoftmaxAttention(128, 4)
+        name = f"SoftmaxFreeAttention, 64 landmarks, {tokens:,} tokens"
+        yield Case(name, "the same with scaled_dot_product_attention", passes(plain, x), passes(soft, x))
+
+
+class SoftmaxAttention(nn.Module):
+    """The layer that a user would have: two linear maps around softmax attention."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
+def softmax_free(tokens: int) -> nn.Module:
+    """With 64 landmarks at any size."""
+    return SoftmaxFreeAttention(128, 4, ratio=math.isqrt(tokens) // 8)
 
 
 def growth() -> list[str]:
@@ -171,7 +209,11 @@ def growth() -> list[str]:
         return passes(partial(selective_scan, delta_softplus=True), *(x[:1] for x in scan_arguments(steps)[:2]),
                       scan_arguments(1)[2], *(x[:1] for x in scan_arguments(steps)[3:]))  # fmt: skip
 
-    for name, make in (("norm_aware_linear_attention", attention), ("selective_scan", scan)):
+    def soft(tokens: int) -> Callable[[], None]:
+        return passes(softmax_free(tokens), torch.randn(1, tokens, 128))
+
+    kinds = {"norm_aware_linear_attention": attention, "SoftmaxFreeAttention": soft, "selective_scan": scan}
+    for name, make in kinds.items():
         calls = [make(size) for size in sizes]
         times = [min(seconds(call) for _ in range(4)) for call in calls]
         memory = [transient_bytes(call) for call in calls]
@@ -191,6 +233,7 @@ def cases(compiled: bool) -> Iterator[Case]:
     yield from fused()
     yield from recurrent()
     yield from first_layers()
+    yield from convolutions()
     yield from scans()
     yield from attentions()
 
