@@ -77,13 +77,14 @@ def _normalized(
     """
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     table = F.one_hot(labels.flatten(0, 1).flatten(1).long(), num_regions).to(values.dtype)
-    rows = values.reshape(table.shape[0], -1, table.shape[1])
+    rows = values.reshape(table.shape[0], x.shape[1] // labels.shape[1], table.shape[1])
 
     def summed(each: Tensor) -> Tensor:
         """Over all examples, if they are taken together."""
         if statistics == "instance":
             return each
-        return each.view(x.shape[0], -1, num_regions).sum(0, keepdim=True).expand(x.shape[0], -1, -1).reshape_as(each)
+        by_example = each.view(x.shape[0], labels.shape[1] * each.shape[1], num_regions)
+        return by_example.sum(0, keepdim=True).expand_as(by_example).reshape_as(each)
 
     count = summed(table.sum(1, keepdim=True)).clamp_min(1)
     deviation = torch.baddbmm(rows, summed(rows @ table) / count, table.mT, alpha=-1)
