@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,17 +34,23 @@ Head = Callable[[int, int, int], nn.Module]
 
 
 def claim(
-    bench: Bench, *, method: Head = GrassmannLinear, parts: tuple[str, ...] = (UNION, DIGITS), seeds: int = 20
+    bench: Bench,
+    *,
+    method: Head = GrassmannLinear,
+    parts: tuple[str, ...] = (UNION, DIGITS),
+    dims: tuple[int, ...] = (1, 2, 4),
+    seeds: int = 20,
 ) -> Evidence:
     """Accuracy on points of six random subspaces; accuracy on six digits, and of four others by the same features."""
     rows, checks = Rows(), []
     run = functools.partial(measure, method=method, bench=bench)
     for part in parts:
-        rows.extend(bench.rows(run, [f"{part}, {arm}" for arm in RATES[part]], bench.seeds(seeds)))
+        arms = [LINEAR, *(f"k={k}" for k in dims)] if part == UNION else list(RATES[part])
+        rows.extend(bench.rows(run, [f"{part}, {arm}" for arm in arms], bench.seeds(seeds)))
     if UNION in parts:
         checks.append(at_least("points, accuracy with k = 4", rows.values(f"{UNION}, k=4", "accuracy"), 0.95))
         checks.append(at_most("points, accuracy of a linear head", rows.values(f"{UNION}, linear", "accuracy"), 0.45))
-        for one, other in ((1, 2), (2, 4)):
+        for one, other in pairwise(dims):
             gain = rows.difference(f"{UNION}, k={other}", f"{UNION}, k={one}", "accuracy")
             checks.append(at_least(f"points, accuracy with k = {other} over k = {one}", gain, 0.0))
     if DIGITS in parts:

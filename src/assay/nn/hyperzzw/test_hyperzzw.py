@@ -65,7 +65,7 @@ EXAMPLES = [
         **local,
     ),
     Example(
-        partial(Terminator, 3, 1, 4, (2, 2, 1), (0, 0, 0), hidden=4, local_hidden=4, omega_0=0.2),
+        partial(Terminator, 3, 1, 4, (2, 2), (0, 0), hidden=4, local_hidden=4, omega_0=0.2),
         (3, 1, 4, 4),
         bfloat16=0.1,
         **local,
