@@ -26,7 +26,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/optim.py
 	$(BIN)/python benchmarks/optim_steps.py
 	$(BIN)/python benchmarks/losses.py
-	$(BIN)/python benchmarks/nn.py --compiled
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 $(BIN)/python benchmarks/nn.py --compiled
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

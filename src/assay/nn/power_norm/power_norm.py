@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from assay._checks import in_range
-from assay.nn._tokens import Tokens, check_tokens, scaled, scaled_backward, snapshot
+from assay.nn._compiled import kept
+from assay.nn._tokens import Tokens, check_tokens, scaled, scaled_backward
 
 
 def _group_scale(x: Tensor, groups: int, eps: float) -> Tensor:
     grouped = x.unflatten(-1, (groups, -1))
-    return (grouped * (grouped.square().mean(-1, keepdim=True) + eps).rsqrt()).flatten(-2)
+    return (grouped * _inverse(grouped.square(), eps)).flatten(-2)
+
+
+def _inverse(squares: Tensor, eps: float) -> Tensor:
+    return (squares.mean(-1, keepdim=True) + eps).rsqrt()
 
 
 class GroupScale(nn.Module):
@@ -49,11 +54,20 @@ class GroupScale(nn.Module):
         return f"groups={self.groups}, eps={self.eps}"
 
 
+class _Backward(NamedTuple):
+    """What the backward pass needs beside tensors of the forward one: the buffer that it moves, and constants."""
+
+    nu: Tensor
+    alpha: float
+    tokens: Tokens
+    eps: float
+
+
 class _Approximate(torch.autograd.Function):
     """weight xhat + bias, xhat = x / sqrt(psi + eps), with nu for what the batch's own psi would take off a gradient.
 
-    The buffer nu is read as it was at the forward pass, and moved in the backward pass. ``batch`` is the mean of x^2
-    over the tokens that count.
+    x is rows * inverse, of shape (tokens, groups, 1), where there is a group scale. The buffer nu is read as it was at
+    the forward pass, and moved in the backward pass. ``batch`` is the mean of x^2 over the tokens that count.
     """
 
     @staticmethod
@@ -61,41 +75,50 @@ class _Approximate(torch.autograd.Function):
         rows: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        inverse: Tensor | None,
         psi: Tensor,
         psi_back: Tensor | None,
         batch: Tensor,
         nu: Tensor,
-        alpha: float,
-        tokens: Tokens,
-        eps: float,
+        rest: _Backward,
     ) -> Tensor:
-        return scaled(rows, psi, weight, bias, eps)
+        return scaled(_times(rows, inverse), psi, weight, bias, rest.eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        rows, weight, bias, psi, psi_back, batch, ctx.nu, ctx.alpha, ctx.tokens, ctx.eps = inputs
-        ctx.save_for_backward(rows, weight, psi, psi_back, batch, snapshot(ctx.nu))
+        rows, weight, bias, *saved, ctx.rest = inputs
+        ctx.save_for_backward(rows, weight, *saved)
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, psi, psi_back, batch, nu = ctx.saved_tensors
-        found, weight_grad, bias_grad = scaled_backward(grad, rows, psi, weight, ctx.eps)
+        rows, weight, inverse, psi, psi_back, batch, nu = ctx.saved_tensors
+        buffer, alpha, tokens, eps = ctx.rest
+        x, total = _times(rows, inverse), psi + eps
+        found, weight_grad, bias_grad = scaled_backward(grad, x, psi, weight, eps)
         product = weight_grad if weight is None else weight_grad * weight
-        if ctx.tokens.real is None:
-            product = ctx.tokens.shared_mean(product)
+        if tokens.real is None:
+            product = tokens.shared_mean(product)
         else:  # the weight's gradient has padded tokens in it
             g = grad if weight is None else grad * weight
-            product = ctx.tokens.mean(g * rows) * (psi + ctx.eps).rsqrt()
-        share = 1 - ctx.alpha
-        ctx.tokens.update_(ctx.nu, ctx.nu * (1 - share * batch / (psi + ctx.eps)) + share * product)
-        found = found.addcmul_(rows, -nu / (psi + ctx.eps))
+            product = tokens.mean(g * x) * total.rsqrt()
+        share = 1 - alpha
+        tokens.update_(buffer, buffer * (1 - share * batch / total) + share * product)
+        found = found.addcmul_(x, nu / total, value=-1)
         if psi_back is not None:
-            found = found * ((psi + ctx.eps) / (psi_back + ctx.eps)).sqrt()
+            found = found.mul_((total / (psi_back + eps)).sqrt())
+        if inverse is not None:  # through the group scale: inverse (found - x mean(found x))
+            found, x, rows = (t.unflatten(-1, (inverse.shape[1], -1)) for t in (found, x, rows))
+            along = x.mul_(found).mean(-1, keepdim=True)
+            found = found.mul_(inverse).addcmul_(rows, along * inverse.square(), value=-1).flatten(-2)
         if weight is None:
-            return found, *[None] * 9
-        return found, weight_grad.to(weight.dtype), bias_grad.to(ctx.bias_dtype), *[None] * 7
+            return found, *[None] * 8
+        return found, weight_grad.to(weight.dtype), bias_grad.to(ctx.bias_dtype), *[None] * 6
+
+
+def _times(rows: Tensor, inverse: Tensor | None) -> Tensor:
+    return rows if inverse is None else (rows.unflatten(-1, (inverse.shape[1], -1)) * inverse).flatten(-2)
 
 
 class _QuadraticNorm(nn.Module):
@@ -132,22 +155,23 @@ class _QuadraticNorm(nn.Module):
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         check_tokens(input, self.num_features, padding_mask)
-        x = input.to(torch.promote_types(input.dtype, torch.float32))
-        if self.group_scale:
-            x = _group_scale(x, self.groups, self.eps)
-        rows = x.reshape(-1, self.num_features)
+        rows = input.reshape(-1, self.num_features).to(torch.promote_types(input.dtype, torch.float32))
         if self.training:
             y = self._train(rows, Tokens.of(rows, padding_mask, self.sync))
         else:
-            y = scaled(rows, self.psi2.to(rows.dtype), self.weight, self.bias, self.eps)
-        return y.view(x.shape).to(input.dtype)
+            y = scaled(self._scaled(rows), self.psi2.to(rows.dtype), self.weight, self.bias, self.eps)
+        return y.view(input.shape).to(input.dtype)
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        return _group_scale(rows, self.groups, self.eps) if self.group_scale else rows
 
     def _train(self, rows: Tensor, tokens: Tokens) -> Tensor:
+        """Of rows before the group scale."""
         raise NotImplementedError
 
-    def _exactly(self, rows: Tensor, psi: Tensor) -> Tensor:
+    def _exactly(self, x: Tensor, psi: Tensor) -> Tensor:
         """With the gradient through psi, where it has one."""
-        y = rows * (psi + self.eps).rsqrt()
+        y = x * (psi + self.eps).rsqrt()
         if self.weight is None or self.bias is None:
             return y
         return torch.addcmul(self.bias.to(y.dtype), y, self.weight.to(y.dtype))
@@ -230,20 +254,14 @@ class PowerNorm(_QuadraticNorm):
         self.register_buffer("step", torch.tensor(0, device=device))
 
     def _train(self, rows: Tensor, tokens: Tokens) -> Tensor:
-        quirks, before = self.reference_quirks, snapshot(self.psi2).to(rows.dtype)
-        batch = tokens.mean(rows.square())
+        quirks, before = self.reference_quirks, kept(self.psi2).to(rows.dtype)
         step = self.step + 1
-        psi = torch.where(step <= self.warmup_steps, batch, before)
         if self.approx_backward:
-            psi, counted, square = psi.detach(), tokens, batch.detach()
-            if quirks:
-                counted = Tokens.of(rows, None, self.sync)
-                square = counted.mean(rows.detach().square())
-            back = batch.detach() if quirks else None
-            rest = (self.nu, self.alpha_bkw, counted, self.eps)
-            y = _Approximate.apply(rows, self.weight, self.bias, psi, back, square, *rest)
+            batch, y = self._approximately(rows, tokens, before, step <= self.warmup_steps)
         else:
-            y = self._exactly(rows, psi)
+            x = self._scaled(rows)
+            batch = tokens.mean(x.square())
+            y = self._exactly(x, torch.where(step <= self.warmup_steps, batch, before))
         with torch.no_grad():
             average = before + (batch - before) / step
             warm = step < self.warmup_steps
@@ -254,6 +272,23 @@ class PowerNorm(_QuadraticNorm):
             tokens.update_(self.psi2, moved)
             self.step.copy_(step)
         return y
+
+    def _approximately(self, rows: Tensor, tokens: Tokens, before: Tensor, warm: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch's mean square and the output; ``before`` is the running mean square, for after the warm-up."""
+        with torch.no_grad():
+            squares, inverse = rows.square(), None
+            if self.group_scale:
+                grouped = squares.unflatten(-1, (self.groups, -1))
+                inverse = _inverse(grouped, self.eps)
+                squares = grouped.mul_(inverse.square()).flatten(-2)
+            batch = tokens.mean(squares)
+            psi, counted, square, back = torch.where(warm, batch, before), tokens, batch, None
+            if self.reference_quirks:  # padding counts in the backward pass, which divides by the batch's own psi
+                counted, back = Tokens.of(rows, None, self.sync), batch
+                square = counted.mean(squares)
+        rest = _Backward(self.nu, self.alpha_bkw, counted, self.eps)
+        saved = (inverse, psi, back, square, kept(self.nu))
+        return batch, _Approximate.apply(rows, self.weight, self.bias, *saved, rest)
 
 
 class PowerNormV(_QuadraticNorm):
@@ -290,7 +325,8 @@ class PowerNormV(_QuadraticNorm):
         super().__init__(num_features, eps, alpha_fwd, affine, groups, group_scale, sync, device, dtype)
 
     def _train(self, rows: Tensor, tokens: Tokens) -> Tensor:
-        batch = tokens.mean(rows.square())
+        x = self._scaled(rows)
+        batch = tokens.mean(x.square())
         with torch.no_grad():
             tokens.update_(self.psi2, self.psi2.to(rows.dtype).lerp(batch, 1 - self.alpha_fwd))
-        return self._exactly(rows, batch)
+        return self._exactly(x, batch)

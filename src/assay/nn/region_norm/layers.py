@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay._checks import in_range
+from assay.nn._compiled import kept
 
 
 def region_norm(
@@ -72,12 +73,12 @@ def _normalized(
 ) -> Tensor:
     """The normalization, with a scale and a shift (C, regions) if given.
 
-    One product of matrices sums all regions at once, and another spreads what was found over their pixels: the labels
-    become tables (pixels, regions) of zeros and ones, one an example or, with labels by channel, one each.
+    The labels become tables (regions, pixels) of zeros and ones, one an example or, with labels by channel, one each.
     """
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     table = F.one_hot(labels.flatten(0, 1).flatten(1).long(), num_regions).to(values.dtype)
-    rows = values.reshape(table.shape[0], x.shape[1] // labels.shape[1], table.shape[1])
+    table = kept(table.mT.contiguous())
+    rows = values.reshape(table.shape[0], x.shape[1] // labels.shape[1], table.shape[2])
 
     def summed(each: Tensor) -> Tensor:
         """Over all examples, if they are taken together."""
@@ -86,17 +87,41 @@ def _normalized(
         by_example = each.view(x.shape[0], labels.shape[1] * each.shape[1], num_regions)
         return by_example.sum(0, keepdim=True).expand_as(by_example).reshape_as(each)
 
-    count = summed(table.sum(1, keepdim=True)).clamp_min(1)
-    deviation = torch.baddbmm(rows, summed(rows @ table) / count, table.mT, alpha=-1)
-    var = summed(deviation.square() @ table) / count
+    count = summed(table.sum(2)[:, None]).clamp_min(1)
+    deviation = rows - _spread(summed(_sums(rows, table)) / count, table)
+    var = summed(_sums(deviation.square(), table)) / count
     pixels = math.prod(x.shape[2:]) * (x.shape[0] if statistics == "batch" else 1)
     least = eps if eps_mode == "plain" else eps * pixels / count
     scale = (var + least).rsqrt()
     if weight is None or bias is None:
-        y = deviation * (scale @ table.mT)
+        y = deviation * _spread(scale, table)
     else:
-        y = torch.addcmul(bias @ table.mT, deviation, (scale * weight) @ table.mT)
+        y = torch.addcmul(_spread(bias[None].expand_as(scale), table), deviation, _spread(scale * weight, table))
     return y.view(x.shape).to(x.dtype)
+
+
+_FEW = 4  # regions for which products by element are faster than products of matrices
+
+
+def _sums(rows: Tensor, table: Tensor) -> Tensor:
+    """Over the pixels (n, rows, pixels) of each region: (n, rows, regions)."""
+    if table.shape[1] > _FEW:
+        return _product(rows, table.mT)
+    return torch.stack([(rows * region[:, None]).sum(2) for region in table.unbind(1)], 2)
+
+
+def _spread(each: Tensor, table: Tensor) -> Tensor:
+    """What each region has (n, rows, regions), at all of its pixels: (n, rows, pixels)."""
+    if table.shape[1] > _FEW:
+        return _product(each, table)
+    parts = [a[..., None] * b[:, None] for a, b in zip(each.unbind(2), table.unbind(1), strict=True)]
+    return sum(parts[1:], start=parts[0])
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """In the precision of its factors, in the scope of an autocast too."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 class RegionNormB(nn.Module):

@@ -94,13 +94,22 @@ def test_scale_and_shift_of_a_region_cancel(a, b, c):
 def test_labels_may_be_swapped_or_many_or_differ_by_channel():
     x, hole = image()
     close(region_norm(x, ~hole), region_norm(x, hole))
-    three = torch.randint(3, (3, 1, 6, 5))
-    y = region_norm(x, three)
-    for region in range(3):
-        here = (three == region).expand_as(x)
-        close(y[here], region_norm(x, three == region)[here])
+    for count in (3, 7):  # by element and by products of matrices
+        labels = torch.randint(count, (3, 1, 6, 5))
+        y = region_norm(x, labels, count)
+        for region in range(count):
+            here = (labels == region).expand_as(x)
+            close(y[here], region_norm(x, labels == region)[here])
     each = torch.cat([hole, ~hole], 1)
     close(region_norm(x, each), region_norm(x, hole))
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_statistics_are_exact_under_autocast(count):
+    x, labels = torch.randn(2, 4, 8, 8), torch.randint(count, (2, 1, 8, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = region_norm(x, labels, count)
+    torch.testing.assert_close(found, region_norm(x, labels, count), rtol=0, atol=0)
 
 
 def test_the_authors_eps_is_that_of_their_batch_normalization():

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from assay._checks import in_range
-from assay.nn._tokens import Tokens, check_tokens, scaled, scaled_backward, snapshot
+from assay.nn._compiled import kept
+from assay.nn._tokens import Tokens, check_tokens, scaled, scaled_backward
 from assay.nn.unified_norm.fusion import FusionReport, fuse_unified_norm
 
 __all__ = ["FusionReport", "UnifiedNorm", "fuse_unified_norm"]
@@ -57,21 +58,21 @@ class _Unified(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, var, ratio, skip, step = ctx.saved_tensors
         window, average, tokens, momentum, eps, warmup = ctx.rest
-        found, weight_grad, bias_grad = scaled_backward(grad, rows, var, weight, eps)
         scale = ratio if weight is None else weight.to(ratio.dtype) * ratio
+        found, weight_grad, bias_grad = scaled_backward(grad, rows, var, scale, eps)
         if tokens.real is None:
             own = tokens.shared_mean(weight_grad * scale)
         else:  # the weight's gradient has padded tokens in it
             own = tokens.mean(grad * rows) * scale * (var + eps).rsqrt()
         before = average.to(own.dtype)
-        kept = _put(window.to(own.dtype), torch.where(skip, before, own), step)
+        filled = _put(window.to(own.dtype), torch.where(skip, before, own), step)
         smooth = (step > len(window)) & (step >= warmup) & ~skip
-        mean = torch.where(smooth, kept.mean(0), own)
+        mean = torch.where(smooth, filled.mean(0), own)
         moved = torch.lerp(mean, before, momentum)
-        tokens.update_(window, kept)
+        tokens.update_(window, filled)
         tokens.update_(average, moved)
         taken = torch.where(skip, mean, moved) / (var + eps)
-        found = torch.addcmul(found * ratio, rows, taken, value=-1)
+        found = found.addcmul_(rows, taken, value=-1)
         if weight is None:
             return found, *[None] * 7
         return found, (weight_grad * ratio).to(weight.dtype), bias_grad.to(ctx.bias_dtype), *[None] * 5
@@ -195,9 +196,9 @@ class UnifiedNorm(nn.Module):
 
     def _train(self, rows: Tensor, tokens: Tokens) -> Tensor:
         with torch.no_grad():
-            step, running = snapshot(self.step) + 1, snapshot(self.running_var).to(rows.dtype)
+            step, running = kept(self.step) + 1, kept(self.running_var).to(rows.dtype)
             q = tokens.mean(rows.square())
-            var, window, skip = self._statistic(q, snapshot(self.fwd_window).to(rows.dtype), running, step)
+            var, window, skip = self._statistic(q, kept(self.fwd_window).to(rows.dtype), running, step)
             ratio = ((var + self.eps) / (running + self.eps)).sqrt().clamp(1 / _COMPENSATION, _COMPENSATION)
             plain = (step <= max(_LEAST_COMPENSATED, self.warmup_steps)) | skip
             ratio = torch.where(plain, 1.0, ratio)
