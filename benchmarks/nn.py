@@ -4,7 +4,7 @@
 
 One thread, processor time, interleaved pairs with what a user would have instead, five times as many of quick calls:
 the ratio of the minima, and the median of the pairs' ratios. Forward and backward where nothing else is said.
-``--compiled`` adds the normalization layers through ``torch.compile``, against torch's eager ones. Peers are measured
+``--compiled`` adds the normalization layers through ``torch.compile``, against torch's eager and compiled. Peers are measured
 where they are installed (``mambapy``, ``transformers``). With the system's default the allocator returns large memory
 after each use and pays for it again; ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1`` keeps it.
 """
@@ -71,7 +71,10 @@ def normalizations(compiled: bool) -> Iterator[Case]:
             yield Case(name, against, plain, passes(make(), *inputs))
             if compiled:
                 torch._dynamo.reset()
-                yield Case(f"{name}, compiled", against, plain, passes(torch.compile(make()), *inputs))
+                mine = passes(torch.compile(make()), *inputs)
+                yield Case(f"{name}, compiled", against, plain, mine)
+                theirs = passes(torch.compile(copy.deepcopy(reference)), *inputs)
+                yield Case(f"{name}, compiled", f"{against}, compiled", theirs, mine)
 
 
 def _normalizations(

@@ -8,24 +8,29 @@ from torch import Tensor
 _BLOCK = 64
 
 
-def kept(x: Tensor) -> Tensor:
-    """A copy that stays as it is: of a buffer that is about to be updated, or of what many elements will read.
+def kept(*tensors: Tensor) -> list[Tensor]:
+    """Copies that stay as they are: of buffers that are about to be updated, or of what many elements will read.
 
-    As an operator of its own a compiled graph keeps it. Of a plain copy it would know that it can be made again: for
-    the backward pass, from a buffer that has changed by then, or at each of the elements that read it.
+    As an operator of its own a compiled graph keeps them. Of plain copies it would know that they can be made again:
+    for the backward pass, from a buffer that has changed by then, or at each of the elements that read them. Tensors
+    given together are copied at one time, in the forward pass if that reads one of them, and in the backward pass if
+    one is a gradient; alone, a buffer that the backward pass is to read may be read in either.
     """
     opaque = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    return _kept(x) if opaque else x.clone()
+    return _kept(list(tensors)) if opaque else [x.clone() for x in tensors]
 
 
 @torch.library.custom_op("assay::kept", mutates_args=())
-def _kept(x: Tensor) -> Tensor:
-    return x.clone()
+def _kept(tensors: list[Tensor]) -> list[Tensor]:
+    return [x.clone() for x in tensors]
 
 
 @_kept.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
+def _(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(x) for x in tensors]
+
+
+_kept.register_autograd(lambda ctx, grads: grads)
 
 
 def total(rows: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from assay._distributed import all_reduce_sum
-from assay.nn._compiled import total
+from assay.nn._compiled import kept, total
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def scaled(rows: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
     if not torch.compiler.is_compiling():
         return F.batch_norm(rows, torch.zeros_like(var), var, weight, bias, False, 0.0, eps)
     scale = (var + eps).rsqrt()
-    y = rows * (scale if weight is None else weight * scale)
-    return y if bias is None else y + bias
+    (scale,) = kept(scale if weight is None else weight * scale)
+    return rows * scale if bias is None else rows * scale + bias
 
 
 def scaled_backward(
@@ -63,9 +63,9 @@ def scaled_backward(
     if rows.shape[0] == 0:  # torch's kernel divides by the number of rows
         return rows.clone(), torch.zeros_like(var), torch.zeros_like(var)
     if torch.compiler.is_compiling():
-        scale = (var + eps).rsqrt()
-        found = grad * (scale if weight is None else weight.to(rows.dtype) * scale)
-        return found, total(grad * rows) * scale, total(grad)
+        inverse = (var + eps).rsqrt()
+        (scale,) = kept(inverse if weight is None else weight.to(rows.dtype) * inverse)
+        return grad * scale, total(grad * rows) * inverse, total(grad)
     scale = torch.ones_like(var) if weight is None else weight.to(rows.dtype)
     return torch.ops.aten.native_batch_norm_backward(
         grad, rows, scale, torch.zeros_like(var), var, None, None, False, eps, [True, True, True]

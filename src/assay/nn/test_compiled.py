@@ -57,6 +57,23 @@ def test_training_over_tokens_is_that_without_a_compiler(make: partial[nn.Module
         close(dict(plain.named_buffers()), dict(compiled.named_buffers()))
 
 
+@pytest.mark.parametrize("make", [partial(PowerNorm, 6, warmup_steps=0), partial(UnifiedNorm, 6, warmup_steps=0)])
+def test_two_forward_passes_before_their_backward_passes(make: partial[nn.Module]):
+    torch._dynamo.reset()
+    plain = make().double()
+    compiled = copy.deepcopy(plain)
+    compiled.compile(backend=BACKEND, fullgraph=True)
+    torch.manual_seed(0)
+    for _ in range(2):
+        inputs = [torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        found = []
+        for layer in (plain, compiled):
+            first, second = (layer(x).sin().sum() for x in inputs)
+            found.append([torch.autograd.grad(loss, x) for loss, x in ((first, inputs[0]), (second, inputs[1]))])
+        close(*found)
+        close(dict(plain.named_buffers()), dict(compiled.named_buffers()))
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
 def test_machine_code_computes_the_same():
     """One of each, as a user compiles them."""

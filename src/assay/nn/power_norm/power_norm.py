@@ -103,9 +103,9 @@ class _Approximate(torch.autograd.Function):
         else:  # the weight's gradient has padded tokens in it
             g = grad if weight is None else grad * weight
             product = tokens.mean(g * x) * total.rsqrt()
-        share = 1 - alpha
-        tokens.update_(buffer, buffer * (1 - share * batch / total) + share * product)
-        found = found.addcmul_(x, nu / total, value=-1)
+        share, (now, product) = 1 - alpha, kept(buffer, product)
+        tokens.update_(buffer, now * (1 - share * batch / total) + share * product)
+        found = found.addcmul_(x, *kept(nu / total), value=-1)
         if psi_back is not None:
             found = found.mul_((total / (psi_back + eps)).sqrt())
         if inverse is not None:  # through the group scale: inverse (found - x mean(found x))
@@ -254,10 +254,10 @@ class PowerNorm(_QuadraticNorm):
         self.register_buffer("step", torch.tensor(0, device=device))
 
     def _train(self, rows: Tensor, tokens: Tokens) -> Tensor:
-        quirks, before = self.reference_quirks, kept(self.psi2).to(rows.dtype)
-        step = self.step + 1
+        quirks, (before, nu) = self.reference_quirks, kept(self.psi2, self.nu)
+        before, step = before.to(rows.dtype), self.step + 1
         if self.approx_backward:
-            batch, y = self._approximately(rows, tokens, before, step <= self.warmup_steps)
+            batch, y = self._approximately(rows, tokens, before, nu, step <= self.warmup_steps)
         else:
             x = self._scaled(rows)
             batch = tokens.mean(x.square())
@@ -273,7 +273,9 @@ class PowerNorm(_QuadraticNorm):
             self.step.copy_(step)
         return y
 
-    def _approximately(self, rows: Tensor, tokens: Tokens, before: Tensor, warm: Tensor) -> tuple[Tensor, Tensor]:
+    def _approximately(
+        self, rows: Tensor, tokens: Tokens, before: Tensor, nu: Tensor, warm: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The batch's mean square and the output; ``before`` is the running mean square, for after the warm-up."""
         with torch.no_grad():
             squares, inverse = rows.square(), None
@@ -287,8 +289,7 @@ class PowerNorm(_QuadraticNorm):
                 counted, back = Tokens.of(rows, None, self.sync), batch
                 square = counted.mean(squares)
         rest = _Backward(self.nu, self.alpha_bkw, counted, self.eps)
-        saved = (inverse, psi, back, square, kept(self.nu))
-        return batch, _Approximate.apply(rows, self.weight, self.bias, *saved, rest)
+        return batch, _Approximate.apply(rows, self.weight, self.bias, inverse, psi, back, square, nu, rest)
 
 
 class PowerNormV(_QuadraticNorm):

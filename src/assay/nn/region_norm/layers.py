@@ -77,7 +77,7 @@ def _normalized(
     """
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     table = F.one_hot(labels.flatten(0, 1).flatten(1).long(), num_regions).to(values.dtype)
-    table = kept(table.mT.contiguous())
+    (table,) = kept(table.mT.contiguous())
     rows = values.reshape(table.shape[0], x.shape[1] // labels.shape[1], table.shape[2])
 
     def summed(each: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class _Unified(torch.autograd.Function):
         tokens.update_(window, filled)
         tokens.update_(average, moved)
         taken = torch.where(skip, mean, moved) / (var + eps)
-        found = found.addcmul_(rows, taken, value=-1)
+        found = found.addcmul_(rows, *kept(taken), value=-1)
         if weight is None:
             return found, *[None] * 7
         return found, (weight_grad * ratio).to(weight.dtype), bias_grad.to(ctx.bias_dtype), *[None] * 5
@@ -196,9 +196,10 @@ class UnifiedNorm(nn.Module):
 
     def _train(self, rows: Tensor, tokens: Tokens) -> Tensor:
         with torch.no_grad():
-            step, running = kept(self.step) + 1, kept(self.running_var).to(rows.dtype)
+            step, running, window = kept(self.step, self.running_var, self.fwd_window)
+            step, running = step + 1, running.to(rows.dtype)
             q = tokens.mean(rows.square())
-            var, window, skip = self._statistic(q, kept(self.fwd_window).to(rows.dtype), running, step)
+            var, window, skip = self._statistic(q, window.to(rows.dtype), running, step)
             ratio = ((var + self.eps) / (running + self.eps)).sqrt().clamp(1 / _COMPENSATION, _COMPENSATION)
             plain = (step <= max(_LEAST_COMPENSATED, self.warmup_steps)) | skip
             ratio = torch.where(plain, 1.0, ratio)
