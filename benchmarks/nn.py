@@ -4,9 +4,9 @@
 
 One thread, processor time, interleaved pairs with what a user would have instead, five times as many of quick calls:
 the ratio of the minima, and the median of the pairs' ratios. Forward and backward where nothing else is said.
-``--compiled`` adds the normalization layers through ``torch.compile``, against torch's eager and compiled. Peers are measured
-where they are installed (``mambapy``, ``transformers``). With the system's default the allocator returns large memory
-after each use and pays for it again; ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1`` keeps it.
+``--compiled`` adds the normalization layers through ``torch.compile``, against torch's eager and compiled ones. Peers
+are measured where they are installed (``mambapy``, ``transformers``). By default the system's allocator returns large
+memory after each use and pays for it again; ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1`` keeps it.
 """
 
 from __future__ import annotations
