@@ -58,6 +58,12 @@ class TestRoom:
         assert said["command"].startswith(f"assay run {card.id} --record")
         assert {"versions", "machine", "seeds", "date"} <= said.keys()
 
+    def test_evidence_is_plain_json(self, card):
+        def refuse(name):
+            raise AssertionError(f"{name} is known to Python alone")
+
+        json.loads(card.files()["evidence"].read_text(), parse_constant=refuse)
+
     def test_card_states_the_recorded_verdict(self, card):
         verdict = json.loads(card.files()["evidence"].read_text())["verdict"]
         claim = card.body.partition("## Claim")[2].partition("## Differences")[0]

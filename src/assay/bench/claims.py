@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def record(card: Card, evidence: Evidence, command: str) -> Path:
         **evidence.to_json(),
     }
     path = card.files()["evidence"]
-    write_text(path, json.dumps(said, indent=1) + "\n")
+    write_text(path, json.dumps(_named(said), indent=1, allow_nan=False) + "\n")
     return path
 
 
@@ -57,10 +58,31 @@ def recorded(card: Card) -> tuple[Evidence, dict[str, Any]] | None:
     if not path.exists():
         return None
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = _numbers(json.loads(path.read_text(encoding="utf-8")))
         return Evidence.from_json(said), said
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+_NO_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _named(value: Any) -> Any:
+    """The same with the names of numbers that JSON does not know in their place."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return _each(_named, value)
+
+
+def _numbers(value: Any) -> Any:
+    """What :func:`_named` was given."""
+    return _NO_JSON.get(value, value) if isinstance(value, str) else _each(_numbers, value)
+
+
+def _each(call: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: call(item) for name, item in value.items()}
+    return [call(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _module(card: Card) -> Any:

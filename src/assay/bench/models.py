@@ -1,9 +1,18 @@
-"""The small networks of the embedded tasks."""
+"""The small networks of the embedded tasks and of claims, and their accuracy."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from assay._modes import evaluating
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Share of the examples whose largest output, in evaluation, is at their class."""
+    with evaluating(model):
+        return (model(x).argmax(1) == y).double().mean().item()
 
 
 def mlp(inputs: int, outputs: int, width: int = 64) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from assay.bench.datasets import split_digits
 from assay.bench.evidence import Bench, Evidence, Rows, at_least, at_most
+from assay.bench.models import accuracy
 from assay.nn.batchnorm_only.batchnorm_only import batchnorm_only, disabled_features
 from assay.nn.batchnorm_only.random_subset import random_per_channel
 from assay.nn.batchnorm_only.report import freeze
@@ -98,14 +99,6 @@ def train(
         disabled.prune_()
         found |= {"disabled": disabled.share, "lost by pruning": found["accuracy"] - accuracy(model, *test)}
     return found
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    training = model.training
-    share = (model.eval()(x).argmax(1) == y).double().mean().item()
-    model.train(training)
-    return share
 
 
 class ResNet(nn.Module):

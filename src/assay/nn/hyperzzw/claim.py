@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from assay.bench.datasets import split_digits
 from assay.bench.evidence import Bench, Evidence, Rows, at_least, at_most
+from assay.bench.models import accuracy
 from assay.nn.hyperzzw.hyperzzw import Terminator, slow_neural_loss
 
 if TYPE_CHECKING:
@@ -133,11 +134,6 @@ class Residual(nn.Module):
 
 def size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    return (model.eval()(x).argmax(1) == y).double().mean().item()
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from assay.bench.datasets import split_digits
 from assay.bench.evidence import Bench, Evidence, Rows, at_least, at_most
+from assay.bench.models import accuracy
 from assay.nn.self_expanding_cnn.self_expanding_cnn import Expander, SelfExpandingCNN
 
 if TYPE_CHECKING:
@@ -126,11 +127,6 @@ def afresh(model: SelfExpandingCNN) -> SelfExpandingCNN:
 @torch.no_grad()
 def loss(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return F.cross_entropy(model.eval()(x), y).item()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    return (model.eval()(x).argmax(1) == y).double().mean().item()
 
 
 def figure(evidence: Evidence) -> Figure:

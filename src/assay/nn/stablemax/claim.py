@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.bench.datasets import digits
+from assay.bench.datasets import Examples, digits, modular_addition
 from assay.bench.evidence import Bench, Evidence, Rows, at_least, at_most
+from assay.bench.models import accuracy
 from assay.nn.stablemax.stablemax import stablemax_cross_entropy
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ def measure(variant: str, seed: int, *, method: Loss, parts: Collection[str], be
     if ZERO in parts:
         found["from zero"] = from_zero(loss, seed)
     if LONG in parts:
-        model, (_, _, x, y) = train(loss, seed, bench.scale(20_000))
-        found["unseen"] = accuracy(model, x, y)
+        model, _, unseen = train(loss, seed, bench.scale(20_000))
+        found["unseen"] = accuracy(model, *unseen)
     return found
 
 
@@ -112,36 +113,22 @@ def from_zero(loss: Loss, seed: int) -> float:
 @functools.lru_cache(16)
 def trained(seed: int, epochs: int) -> tuple[Tensor, Tensor]:
     """The logits of a network that has learned its training pairs with softmax, and their classes."""
-    model, (x, y, _, _) = train(softmax_loss, seed, epochs)
+    model, (x, y), _ = train(softmax_loss, seed, epochs)
     return model(x).detach(), y
 
 
-def train(loss: Loss, seed: int, epochs: int) -> tuple[nn.Module, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """An MLP 118-200-200-59 without biases or weight decay, by AdamW on all training pairs at each step."""
-    data = pairs(seed)
+def train(loss: Loss, seed: int, epochs: int) -> tuple[nn.Module, Examples, Examples]:
+    """An MLP 118-200-200-59 without biases or weight decay, by AdamW on all pairs of one half at each step."""
+    (x, y), unseen = modular_addition(seed, MODULUS)
     torch.manual_seed(seed)
     layers = [nn.Linear(a, b, bias=False) for a, b in itertools.pairwise((2 * MODULUS, WIDTH, WIDTH, MODULUS))]
     model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.99), eps=1e-25, weight_decay=0.0)
     for _ in range(epochs):
         optimizer.zero_grad()
-        loss(model(data[0]), data[1]).backward()
+        loss(model(x), y).backward()
         optimizer.step()
-    return model, data
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    return (model(x).argmax(1) == y).double().mean().item()
-
-
-def pairs(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All pairs (a, b), one-hot, and a + b modulo 59: half to train on, half to test on."""
-    a, b = torch.cartesian_prod(torch.arange(MODULUS), torch.arange(MODULUS)).unbind(1)
-    x, y = torch.cat([F.one_hot(a, MODULUS), F.one_hot(b, MODULUS)], 1).float(), (a + b) % MODULUS
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    seen, unseen = order[: len(y) // 2], order[len(y) // 2 :]
-    return x[seen], y[seen], x[unseen], y[unseen]
+    return model, (x, y), unseen
 
 
 def figure(evidence: Evidence) -> Figure:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from assay.bench.datasets import modular_addition
 from assay.bench.evidence import Bench, Evidence, Rows, at_least, at_most
+from assay.bench.models import accuracy
 from assay.optim.perpgrad.perpgrad import PerpGrad, nlm_alignment, softmax_collapse_fraction
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ def note(rows: Rows, variant: str) -> str:
 
 def grok(variant: str, seed: int, *, epochs: int, method: Wrap) -> dict[str, Any]:
     """An MLP 118-200-200-59 without biases on half of the pairs, tested on the others, every 20 epochs."""
-    x, y, x_test, y_test = pairs(seed)
+    (x, y), (x_test, y_test) = modular_addition(seed, MODULUS)
     torch.manual_seed(seed)
     widths = (2 * MODULUS, WIDTH, WIDTH, MODULUS)
     layers = [nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(widths)]
@@ -102,20 +104,6 @@ def grok(variant: str, seed: int, *, epochs: int, method: Wrap) -> dict[str, Any
         "collapsed": softmax_collapse_fraction(logits.detach(), y).item(),
         "curve": curve,
     }
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    return (model(x).argmax(1) == y).double().mean().item()
-
-
-def pairs(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All pairs (a, b), one-hot, and a + b modulo 59: half to train on, half to test on."""
-    a, b = torch.cartesian_prod(torch.arange(MODULUS), torch.arange(MODULUS)).unbind(1)
-    x, y = torch.cat([F.one_hot(a, MODULUS), F.one_hot(b, MODULUS)], 1).float(), (a + b) % MODULUS
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    train, test = order[: len(y) // 2], order[len(y) // 2 :]
-    return x[train], y[train], x[test], y[test]
 
 
 def figure(evidence: Evidence) -> Figure:

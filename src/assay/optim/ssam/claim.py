@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from assay.bench.datasets import split_digits
 from assay.bench.evidence import Bench, Evidence, Rows, at_least, at_most
+from assay.bench.models import accuracy
 from assay.optim import SAM
 from assay.optim.sam import RandomMask
 from assay.optim.ssam.ssam import SSAM
@@ -98,13 +99,13 @@ def train(variant: str, seed: int, *, method: Make, epochs: int, rho: float | No
         optimizer.step(closure)
         schedule.step()
         if first == 0:
-            curve.append(round(accuracy(model, x_test, y_test), 2))
+            curve.append(round(100 * accuracy(model, x_test, y_test), 2))
             if variant in MASKS:
                 closure()
                 share = max(share, share_perturbed(optimizer))
             if variant == "SSAM-F":
                 rises += torch.tensor(rises_of(optimizer, model, closure, seed))
-    measured = {"accuracy": accuracy(model, x_test, y_test), "curve": curve}
+    measured = {"accuracy": 100 * accuracy(model, x_test, y_test), "curve": curve}
     if variant in MASKS:
         measured |= {"share": share, "density": optimizer.mask_density()}
     if variant == "SSAM-F":
@@ -165,11 +166,6 @@ def noisy_digits(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor
 def shuffled(size: int, seed: int, epoch: int) -> Iterator[Tensor]:
     order = torch.randperm(size, generator=torch.Generator().manual_seed(10_000 * seed + epoch))
     return iter(order[: size // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE))
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    return 100 * (model(x).argmax(1) == y).double().mean().item()
 
 
 def figure(evidence: Evidence) -> Figure:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from assay.bench.datasets import split_digits
 from assay.bench.evidence import Bench, Evidence, Rows, at_least, at_most
+from assay.bench.models import accuracy
 from assay.nn import to_implicit_sparse
 from assay.optim import SAM, SSAM
-from assay.optim.ssam.claim import accuracy, noisy_digits, shuffled
+from assay.optim.ssam.claim import noisy_digits, shuffled
 from assay.optim.ssam_structured.ssam_structured import ImplicitSSAM
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def train(
         for index in epoch:
             optimizer.step(closure_of(optimizer, model, x[index], y[index]))
             schedule.step()
-    return {"accuracy": accuracy(model, x_test, y_test)}
+    return {"accuracy": 100 * accuracy(model, x_test, y_test)}
 
 
 def closure_of(optimizer: Any, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
