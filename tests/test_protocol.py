@@ -281,6 +281,8 @@ def test_ctrl_c_ends_cleanly_with_what_is_finished(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A job that a shell runs in the background ignores the signal, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     records = tmp_path / "records.jsonl"
     deadline = time.monotonic() + 120

@@ -407,9 +407,8 @@ def test_what_the_bench_cannot_use_is_refused():
 
 
 @pytest.mark.parametrize("loss", [claims.reversed_sign, noise_mask_loss])
-def test_a_policy_turned_round_is_found_out(loss, monkeypatch):
-    monkeypatch.setattr(claims, "POLICY_RATE", 1e-2)  # a run this short shows nothing at the claim's own rate
-    evidence = claims.claim(Bench(), loss=loss, variants=(claims.FIXED,), seeds=25, heating=12)
+def test_a_policy_turned_round_is_found_out(loss):
+    evidence = claims.claim(Bench(), loss=loss, variants=(claims.FIXED,), seeds=25, heating=20)
     assert (evidence.verdict == FAILS) == (loss is claims.reversed_sign)
 
 
