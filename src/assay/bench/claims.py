@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from assay.bench.evidence import Bench, Evidence
-from assay.bench.records import environment, write_text
+from assay.bench.records import each, environment, write_text
 from assay.catalogue import Card
 
 
@@ -71,18 +71,12 @@ def _named(value: Any) -> Any:
     """The same with the names of numbers that JSON does not know in their place."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return _each(_named, value)
+    return each(_named, value)
 
 
 def _numbers(value: Any) -> Any:
     """What :func:`_named` was given."""
-    return _NO_JSON.get(value, value) if isinstance(value, str) else _each(_numbers, value)
-
-
-def _each(call: Callable[[Any], Any], value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: call(item) for name, item in value.items()}
-    return [call(item) for item in value] if isinstance(value, list | tuple) else value
+    return _NO_JSON.get(value, value) if isinstance(value, str) else each(_numbers, value)
 
 
 def _module(card: Card) -> Any:

@@ -18,7 +18,7 @@ from assay.bench.engine import execute
 from assay.bench.loop import fit
 from assay.bench.memory import PeakMemory
 from assay.bench.recipe import Budget
-from assay.bench.records import PROTOCOL, Records, code_version, environment, key, write_text
+from assay.bench.records import PROTOCOL, Records, code_version, each, environment, key, write_text
 from assay.bench.spec import Spec, parse_specs
 from assay.bench.tasks import Task
 
@@ -258,6 +258,4 @@ def _finite(value: Any) -> Any:
     """The same with None for numbers that JSON does not know."""
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else None
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
+    return each(_finite, value)

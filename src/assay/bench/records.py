@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,13 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def each(call: Callable[[Any], Any], value: Any) -> Any:
+    """The same with ``call`` of what a dictionary or a list holds; anything else as it is."""
+    if isinstance(value, dict):
+        return {name: call(item) for name, item in value.items()}
+    return [call(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

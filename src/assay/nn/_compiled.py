@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from assay._operators import opaque
+
 _BLOCK = 64
 
 
@@ -20,7 +22,7 @@ def kept(*tensors: Tensor) -> list[Tensor]:
     return _kept(list(tensors)) if opaque else [x.clone() for x in tensors]
 
 
-@torch.library.custom_op("assay::kept", mutates_args=())
+@opaque("kept")
 def _kept(tensors: list[Tensor]) -> list[Tensor]:
     return [x.clone() for x in tensors]
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from assay._checks import in_range
+from assay._operators import opaque
 
 BACKENDS = ("auto", "sequential")
 # Below this many elements a step costs more to start than to compute, and steps of several chunks go together.
@@ -177,7 +178,7 @@ def _linear(a: Tensor, b: Tensor, start: Tensor, chunk: int | None, reverse: boo
     return torch.stack(states[::-1] if reverse else states)
 
 
-@torch.library.custom_op("assay::linear_scan", mutates_args=())
+@opaque("linear_scan")
 def _linear_scan(a: Tensor, b: Tensor, start: Tensor, chunk: int, reverse: bool) -> Tensor:
     states = b.clone(memory_format=torch.contiguous_format)
     _advance(a, states, start, chunk, reverse)
@@ -281,7 +282,7 @@ def _states(delta: Tensor, inputs: Tensor, A: Tensor, B: Tensor, state: Tensor) 
     return decay, states
 
 
-@torch.library.custom_op("assay::selective_scan", mutates_args=())
+@opaque("selective_scan")
 def _selective_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -307,7 +308,7 @@ def _(
     return u.new_empty(u.shape), state.new_empty(state.shape), state.new_empty(blocks, *state.shape)
 
 
-@torch.library.custom_op("assay::selective_scan_backward", mutates_args=())
+@opaque("selective_scan_backward")
 def _selective_scan_backward(
     grad: Tensor,
     grad_state: Tensor,

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from assay._operators import opaque
 from assay.losses.mw_loss.pair_sums import block_size, pair_gradients, pair_sums
 
 TOLERANCE = 3e-8
@@ -31,7 +32,7 @@ _FINE_PER_TEMPERATURE = 64
 _MOST_COARSE = 4096
 
 
-@torch.library.custom_op("assay::mw_binned_sums", mutates_args=())
+@opaque("mw_binned_sums")
 def binned_sums(
     positives: Tensor, cells: Tensor, holes: Tensor, own: bool, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -52,7 +53,7 @@ def binned_sums(
     return grid.evaluate(sums, positives), grid.evaluate(slopes, positives)
 
 
-@torch.library.custom_op("assay::mw_binned_gradient", mutates_args=())
+@opaque("mw_binned_gradient")
 def binned_gradient(
     weights: Tensor, positives: Tensor, cells: Tensor, holes: Tensor, at_holes: Tensor, temperature: float
 ) -> Tensor:

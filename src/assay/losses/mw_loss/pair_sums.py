@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from assay._operators import opaque
+
 # Operators of their own: a compiled graph then holds one node and not every block of the loop, and backward computes
 # the blocks again instead of keeping them.
 
 
-@torch.library.custom_op("assay::mw_pair_sums", mutates_args=())
+@opaque("mw_pair_sums")
 def pair_sums(positives: Tensor, negatives: Tensor, temperature: float, chunk_size: int | None) -> Tensor:
     """For every positive p: sum over negatives n of softplus((n - p) / temperature); (P,) and (N,) give (P,)."""
     sums = torch.zeros_like(positives)
@@ -22,7 +24,7 @@ def pair_sums(positives: Tensor, negatives: Tensor, temperature: float, chunk_si
     return sums
 
 
-@torch.library.custom_op("assay::mw_pair_gradients", mutates_args=())
+@opaque("mw_pair_gradients")
 def pair_gradients(
     weights: Tensor, positives: Tensor, negatives: Tensor, temperature: float, chunk_size: int | None
 ) -> tuple[Tensor, Tensor]:

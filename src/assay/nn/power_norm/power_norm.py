@@ -103,7 +103,8 @@ class _Approximate(torch.autograd.Function):
         else:  # the weight's gradient has padded tokens in it
             g = grad if weight is None else grad * weight
             product = tokens.mean(g * x) * total.rsqrt()
-        share, (now, product) = 1 - alpha, kept(buffer, product)
+        share = 1 - alpha
+        now, product = kept(buffer, product)  # together, so that the buffer is read now and not in the forward pass
         tokens.update_(buffer, now * (1 - share * batch / total) + share * product)
         found = found.addcmul_(x, *kept(nu / total), value=-1)
         if psi_back is not None:

@@ -76,8 +76,8 @@ def _normalized(
     The labels become tables (regions, pixels) of zeros and ones, one an example or, with labels by channel, one each.
     """
     values = x.to(torch.promote_types(x.dtype, torch.float32))
-    table = F.one_hot(labels.flatten(0, 1).flatten(1).long(), num_regions).to(values.dtype)
-    (table,) = kept(table.mT.contiguous())
+    table = F.one_hot(labels.flatten(0, 1).flatten(1).long(), num_regions).mT
+    (table,) = kept(table.to(values.dtype, memory_format=torch.contiguous_format))
     rows = values.reshape(table.shape[0], x.shape[1] // labels.shape[1], table.shape[2])
 
     def summed(each: Tensor) -> Tensor:
